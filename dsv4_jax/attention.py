@@ -1,0 +1,292 @@
+"""V4 attention: low-rank queries, one shared key/value row per token, and up to three memories.
+
+Every layer sees a sliding window. HCA layers also see all completed compressed rows; CSA layers see
+the ones their indexer selects. A chunk of T new tokens from any position goes through one path.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from dsv4_jax import attend, indexer
+from dsv4_jax import cache as store
+from dsv4_jax.compress import Chunk, compress
+from dsv4_jax.config import CSA, ModelConfig
+from dsv4_jax.norm import head_norm, rms_norm
+from dsv4_jax.numerics import Numerics, linear
+from dsv4_jax.params import attention_specs, declare
+from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
+from dsv4_jax.rope import Rotation, frequencies, rotate
+
+QUERY_TILE = 128  # queries that attend together; bounds the score arrays
+DENSE_FACTOR = 16  # up to K times this many visible rows, CSA masks instead of gathering
+
+
+class Attention(nn.Module):
+    """Attention of one layer; `ratio` decides which memories it has."""
+
+    cfg: ModelConfig
+    num: Numerics
+    ratio: int
+
+    def setup(self) -> None:
+        specs = attention_specs(self.cfg, self.ratio)
+        self.weights: dict[str, Any] = declare(self, self.cfg, specs)
+
+    def __call__(
+        self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
+    ) -> tuple[Array, store.LayerCache]:
+        cfg, num, w = self.cfg, self.num, self.weights
+        turn = chunk.rope_rows if self.ratio else chunk.rope_window
+        latent_BTQ = rms_norm(linear(x_BTD, w["wq_a"], num), w["q_norm"], cfg.norm_eps, num)
+        q_BTx = linear(latent_BTQ, w["wq_b"], num)
+        q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], cfg.num_heads, cfg.head_dim)
+        q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
+        kv_BTH = rms_norm(linear(x_BTD, w["wkv"], num), w["kv_norm"], cfg.norm_eps, num)
+        kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
+
+        cache = dict(cache)
+        recent_BSH, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
+        query = None
+        if self.ratio:
+            self._compress_rows(x_BTD, chunk, cache, index)
+        if self.ratio == CSA:
+            query = self._index_query(x_BTD, latent_BTQ, turn)
+            self._compress_keys(x_BTD, chunk, cache, index)
+        out_BTNH = attend_chunk(
+            q_BTNH, recent_BSH, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
+        )
+        out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
+        return self._project(out_BTNH), cache
+
+    def _compress_rows(
+        self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
+    ) -> None:
+        weights, cfg = self.weights["compressor"], self.cfg
+        freqs = frequencies(cfg, compressed=True)
+        new, cache["ring"] = compress(
+            weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
+        )
+        rows = round_rows(new.rows_BCH, cfg, self.num)
+        cache["rows"] = store.write_rows(cache["rows"], index, new.first_B, new.count_B, rows)
+
+    def _compress_keys(
+        self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
+    ) -> None:
+        weights, cfg = self.weights["indexer"]["compressor"], self.cfg
+        freqs = frequencies(cfg, compressed=True)
+        new, cache["key_ring"] = compress(
+            weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
+        )
+        keys = round_index(new.rows_BCH, self.num)
+        cache["keys"] = store.write_rows(cache["keys"], index, new.first_B, new.count_B, keys)
+
+    def _index_query(
+        self, x_BTD: Array, latent_BTQ: Array, turn: Rotation
+    ) -> indexer.IndexQuery:
+        cfg, num, w = self.cfg, self.num, self.weights["indexer"]
+        q_BTy = linear(latent_BTQ, w["wq_b"], num)
+        q_BTIJ = q_BTy.reshape(*q_BTy.shape[:2], cfg.index_heads, cfg.index_dim)
+        q_BTIJ = round_index(rotate(q_BTIJ, per_head(turn), num), num)
+        scale = cfg.index_dim**-0.5 * cfg.index_heads**-0.5
+        w_BTI = num.cast(linear(x_BTD, w["weights_proj"], num).astype(jnp.float32) * scale)
+        return indexer.IndexQuery(q_BTIJ, w_BTI)
+
+    def _project(self, out_BTNH: Array) -> Array:
+        """Grouped low-rank output: consecutive heads form a group with its own slice of wo_a."""
+        cfg, num = self.cfg, self.num
+        out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
+        # the official code never rounds the activations in front of wo_a
+        wo_a_GOg = dequantize(self.weights["wo_a"], num.jnp_dtype).reshape(
+            cfg.o_groups, cfg.o_rank, cfg.group_dim
+        )
+        low_BTGO = jnp.einsum(
+            "BTGg,GOg->BTGO",
+            out_BTGg,
+            wo_a_GOg,
+            preferred_element_type=jnp.float32,
+            precision=lax.Precision.HIGHEST,
+        )
+        low_BTz = num.cast(low_BTGO).reshape(*out_BTNH.shape[:2], -1)
+        return linear(low_BTz, self.weights["wo_b"], num)
+
+
+def per_head(turn: Rotation) -> Rotation:
+    """The same rotation for every head: `[B, T, 1, R/2]`."""
+    return Rotation(turn.cos[:, :, None], turn.sin[:, :, None])
+
+
+def round_rows(rows: Array, cfg: ModelConfig, num: Numerics) -> Array:
+    """FP8 rounding of the non-rotary channels of KV rows, in reference mode."""
+    if not num.rounds:
+        return rows
+    still = cfg.head_dim - cfg.rope_dim
+    return jnp.concatenate([fake_fp8(rows[..., :still], KV_BLOCK), rows[..., still:]], axis=-1)
+
+
+def round_index(x: Array, num: Numerics) -> Array:
+    """Hadamard rotation and FP4 rounding of index queries and keys, in reference mode.
+
+    Without rounding the rotation cancels in the dot product, so plain mode leaves it out.
+    """
+    return fake_fp4(num.cast(hadamard(x))) if num.rounds else x
+
+
+def _extend_window(
+    ring: store.Rows, kv_BTH: Array, index: Array, chunk: Chunk, num: Numerics
+) -> tuple[Array, store.Rows]:
+    """The window in front of the chunk followed by the chunk's rows, and the advanced ring."""
+    length, fresh = store.num_rows(ring), kv_BTH.shape[1]
+    history = store.ring_history(ring, index, chunk.pos_B, length, num.jnp_dtype)
+    recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
+    ring = store.ring_write(ring, index, chunk.pos_B, chunk.count_B, recent_BSH, fresh)
+    return recent_BSH, ring
+
+
+def attend_chunk(
+    q_BTNH: Array,
+    recent_BSH: Array,
+    sink_N: Array,
+    chunk: Chunk,
+    cache: store.LayerCache,
+    index: Array,
+    query: indexer.IndexQuery | None,
+    ratio: int,
+    cfg: ModelConfig,
+    num: Numerics,
+) -> Array:
+    """Attention output `[B, T, N, H]` (still rotated) of all queries of a chunk, tile by tile."""
+    fresh = q_BTNH.shape[1]
+    tile = min(fresh, QUERY_TILE)
+    tiles = -(-fresh // tile)
+    pad = tiles * tile - fresh
+
+    def padded(a: Array) -> Array:
+        return jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) if pad else a
+
+    q_BTNH, recent_BSH = padded(q_BTNH), padded(recent_BSH)
+    if query is not None:
+        query = indexer.IndexQuery(padded(query.q_BTIJ), padded(query.w_BTI))
+    attend_tile = partial(
+        _attend_tile, recent_BSH, sink_N, chunk, cache, index, ratio, cfg, num, tile
+    )
+    if tiles == 1:
+        return attend_tile(jnp.int32(0), q_BTNH, query)[:, :fresh]
+
+    def cut(a: Array, begin: Array) -> Array:
+        return lax.dynamic_slice_in_dim(a, begin, tile, axis=1)
+
+    def one(step: Array) -> Array:
+        begin = step * tile
+        part = query and indexer.IndexQuery(cut(query.q_BTIJ, begin), cut(query.w_BTI, begin))
+        return attend_tile(begin, cut(q_BTNH, begin), part)
+
+    out = jnp.moveaxis(lax.map(one, jnp.arange(tiles)), 0, 1)
+    return out.reshape(out.shape[0], tiles * tile, *out.shape[3:])[:, :fresh]
+
+
+def _attend_tile(
+    recent_BSH: Array,
+    sink_N: Array,
+    chunk: Chunk,
+    cache: store.LayerCache,
+    index: Array,
+    ratio: int,
+    cfg: ModelConfig,
+    num: Numerics,
+    tile: int,
+    begin: Array,
+    q_BTNH: Array,
+    query: indexer.IndexQuery | None,
+) -> Array:
+    """Queries `begin` … `begin + tile` of the chunk over window and compressed rows."""
+    # recent_BSH holds one ring length of history, so query i stands at entry i + history
+    history = store.num_rows(cache["window"])
+    rows_BSH = lax.dynamic_slice_in_dim(recent_BSH, begin, history + tile, axis=1)
+    ago_TS = jnp.arange(tile)[:, None] + history - jnp.arange(history + tile)[None]
+    position_BS = chunk.pos_B[:, None] + begin - history + jnp.arange(history + tile)[None]
+    in_window = ((ago_TS >= 0) & (ago_TS < cfg.window))[None]
+    mask_BTS = in_window & (position_BS >= 0)[:, None]
+    state = attend.absorb(attend.start(q_BTNH), q_BTNH, rows_BSH, mask_BTS, num)
+    if ratio:
+        steps = (begin + jnp.arange(tile))[None]
+        visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
+        visible_BT = jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
+        rows = cache["rows"]
+        if query is None:
+            state = _absorb_visible(state, q_BTNH, rows, index, visible_BT, None, num)
+        else:
+            state = _absorb_selected(
+                state, q_BTNH, rows, cache["keys"], index, query, visible_BT, cfg, num
+            )
+    return attend.finish(state, sink_N, num)
+
+
+def _absorb_visible(
+    state: attend.SoftmaxState,
+    q_BTNH: Array,
+    rows: store.Rows,
+    index: Array,
+    visible_BT: Array,
+    mask_BTC: Array | None,
+    num: Numerics,
+) -> attend.SoftmaxState:
+    """All compressed rows below `visible_BT` (and in the mask, if any), tile by tile."""
+    tile = min(store.num_rows(rows), store.ROW_TILE)
+
+    def body(step: Array, state: attend.SoftmaxState) -> attend.SoftmaxState:
+        begin = step * tile
+        mask = (begin + jnp.arange(tile))[None, None] < visible_BT[..., None]
+        if mask_BTC is not None:
+            mask &= lax.dynamic_slice_in_dim(mask_BTC, begin, tile, axis=2)
+        rows_BSH = store.read_tile(rows, index, begin, tile, num.jnp_dtype)
+        return attend.absorb(state, q_BTNH, rows_BSH, mask, num)
+
+    return lax.fori_loop(0, (visible_BT.max() + tile - 1) // tile, body, state)
+
+
+def _absorb_selected(
+    state: attend.SoftmaxState,
+    q_BTNH: Array,
+    rows: store.Rows,
+    keys: store.Rows,
+    index: Array,
+    query: indexer.IndexQuery,
+    visible_BT: Array,
+    cfg: ModelConfig,
+    num: Numerics,
+) -> attend.SoftmaxState:
+    """The rows the indexer keeps: all of them while they are few, else masked, else gathered."""
+    keep, capacity = cfg.index_topk, store.num_rows(rows)
+    longest = visible_BT.max()
+
+    def everything(state: attend.SoftmaxState) -> attend.SoftmaxState:
+        return _absorb_visible(state, q_BTNH, rows, index, visible_BT, None, num)
+
+    if capacity <= keep:
+        return everything(state)
+
+    def masked(state: attend.SoftmaxState) -> attend.SoftmaxState:
+        scores = indexer.score_rows(query, keys, index, visible_BT, num)
+        mask = indexer.selection_mask(scores, keep)
+        return _absorb_visible(state, q_BTNH, rows, index, visible_BT, mask, num)
+
+    def gathered(state: attend.SoftmaxState) -> attend.SoftmaxState:
+        scores = indexer.score_rows(query, keys, index, visible_BT, num)
+        chosen = indexer.select(scores, keep)
+        rows_BTKH = store.gather_rows(rows, index, chosen.rows_BTK, num.jnp_dtype)
+        return attend.absorb(state, q_BTNH, rows_BTKH, chosen.valid_BTK, num)
+
+    def sparse(state: attend.SoftmaxState) -> attend.SoftmaxState:
+        if q_BTNH.shape[1] == 1:
+            return gathered(state)
+        if capacity <= DENSE_FACTOR * keep:
+            return masked(state)
+        return lax.cond(longest <= DENSE_FACTOR * keep, masked, gathered, state)
+
+    return lax.cond(longest <= keep, everything, sparse, state)

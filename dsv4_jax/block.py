@@ -1,0 +1,87 @@
+"""One layer: attention and MoE, each behind a norm and a hyper-connection. And the MTP block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from dsv4_jax.attention import Attention
+from dsv4_jax.cache import LayerCache
+from dsv4_jax.compress import Chunk
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.mhc import HyperConnection, HyperHead, spread, weigh_streams
+from dsv4_jax.moe import MoE
+from dsv4_jax.norm import rms_norm
+from dsv4_jax.numerics import Numerics, linear
+from dsv4_jax.params import block_specs, declare, mtp_specs
+from dsv4_jax.schedule import LayerKind
+
+
+class Block(nn.Module):
+    """Streams in, streams out."""
+
+    cfg: ModelConfig
+    num: Numerics
+    kind: LayerKind
+
+    def setup(self) -> None:
+        cfg, num, (ratio, is_hash) = self.cfg, self.num, self.kind
+        specs = block_specs(cfg, ratio, is_hash)
+        norms = {name: specs[name] for name in ("attn_norm", "ffn_norm")}
+        self.norms: dict[str, Any] = declare(self, cfg, norms)
+        self.hc_attn, self.hc_ffn = HyperConnection(cfg), HyperConnection(cfg)
+        self.attn = Attention(cfg, num, ratio)
+        self.ffn = MoE(cfg, num, is_hash)
+
+    def __call__(
+        self, h_BTMD: Array, chunk: Chunk, cache: LayerCache, index: Array
+    ) -> tuple[Array, LayerCache]:
+        cfg, num = self.cfg, self.num
+        mix = self.hc_attn(h_BTMD)
+        x_BTD = weigh_streams(h_BTMD, mix.pre_MBT, num)
+        x_BTD = rms_norm(x_BTD, self.norms["attn_norm"], cfg.norm_eps, num)
+        a_BTD, cache = self.attn(x_BTD, chunk, cache, index)
+        h_BTMD = spread(a_BTD, h_BTMD, mix, num)
+
+        mix = self.hc_ffn(h_BTMD)
+        x_BTD = weigh_streams(h_BTMD, mix.pre_MBT, num)
+        x_BTD = rms_norm(x_BTD, self.norms["ffn_norm"], cfg.norm_eps, num)
+        real_BT = jnp.arange(x_BTD.shape[1])[None] < chunk.count_B[:, None]
+        f_BTD = self.ffn(x_BTD, chunk.tokens_BT, real_BT)
+        return spread(f_BTD, h_BTMD, mix, num), cache
+
+
+class MTPBlock(nn.Module):
+    """Drafts token i+2 from the main streams of token i and the embedding of token i+1.
+
+    Its inputs are two projections that add up (not one of a concatenation), per stream; then a
+    window-only block, and its own collapse and norm in front of the shared output head.
+    """
+
+    cfg: ModelConfig
+    num: Numerics
+
+    def setup(self) -> None:
+        names = ("e_proj", "h_proj", "enorm", "hnorm", "norm")
+        specs = mtp_specs(self.cfg)
+        self.weights: dict[str, Any] = declare(self, self.cfg, {n: specs[n] for n in names})
+        self.hc_head = HyperHead(self.cfg, self.num)
+        self.block = Block(self.cfg, self.num, LayerKind(0, False))
+        nn.share_scope(self, self.block)  # the official tensors of the block stand beside e_proj
+
+    def __call__(
+        self, h_BTMD: Array, next_BTD: Array, chunk: Chunk, cache: LayerCache, index: Array
+    ) -> tuple[Array, Array, LayerCache]:
+        """Normed hidden `[B, T, D]` for the head, the block's streams, the cache."""
+        cfg, num, w = self.cfg, self.num, self.weights
+        e_BTD = linear(rms_norm(next_BTD, w["enorm"], cfg.norm_eps, num), w["e_proj"], num)
+        s_BTMD = linear(rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num), w["h_proj"], num)
+        x_BTMD = num.cast(
+            e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32)
+        )
+        x_BTMD, cache = self.block(x_BTMD, chunk, cache, index)
+        y_BTD = rms_norm(self.hc_head(x_BTMD), w["norm"], cfg.norm_eps, num)
+        return y_BTD, x_BTMD, cache

@@ -1,0 +1,232 @@
+"""What a sequence remembers: window rings, compressor rings, compressed rows, index keys.
+
+Caches are plain pytrees, in and out. Arrays of a layer group carry a leading dimension, one entry
+per repeat of the group; functions here take that entry's index, so that a scan over layers can keep
+the whole stack in its carry and update it in place.
+
+Position p of a sequence lives in ring slot p mod (ring length). Row j of the compressed rows covers
+tokens [j·r, (j+1)·r).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from dsv4_jax.config import CSA, ModelConfig
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.quant import (
+    FP4_BLOCK,
+    KV_BLOCK,
+    dequantize_fp8,
+    pack_fp4,
+    quantize_fp4,
+    quantize_fp8,
+    unpack_fp4,
+)
+from dsv4_jax.schedule import layer_groups
+
+ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
+
+LayerCache = dict[str, Any]
+
+
+@struct.dataclass
+class PackedRows:
+    """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
+
+    codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, rope `[..., R]`.
+    """
+
+    codes: Array
+    scales: Array
+    rope: Array
+
+
+@struct.dataclass
+class PackedKeys:
+    """Index keys in FP4: codes uint8 `[..., J/2]`, scales float8_e8m0fnu `[..., ⌈J/32⌉]`."""
+
+    codes: Array
+    scales: Array
+
+
+Rows = Array | PackedRows | PackedKeys
+
+
+@struct.dataclass
+class Cache:
+    """State of a batch of sequences.
+
+    pos_B: tokens seen so far, int32. groups: per layer group and pattern offset a `LayerCache`.
+    mtp: one `LayerCache` per MTP block, with its own count of rows `mtp_pos_B`.
+    """
+
+    pos_B: Array
+    groups: list[list[LayerCache]]
+    mtp_pos_B: Array
+    mtp: list[LayerCache]
+
+
+def init_cache(
+    cfg: ModelConfig, batch: int, max_len: int, num: Numerics, scan: bool = True
+) -> Cache:
+    """Empty state for `batch` sequences of up to `max_len` tokens.
+
+    Raises:
+        ValueError: `max_len` is not positive or exceeds what the model was made for.
+    """
+    if not 1 <= max_len <= cfg.max_len:
+        raise ValueError(f"max_len={max_len} must lie between 1 and the model's {cfg.max_len}")
+
+    def layer(ratio: int, repeats: int) -> LayerCache:
+        return _init_layer(cfg, ratio, (repeats, batch), max_len, num)
+
+    return Cache(
+        pos_B=jnp.zeros(batch, jnp.int32),
+        groups=[
+            [layer(kind.ratio, group.repeats) for kind in group.kinds]
+            for group in layer_groups(cfg, scan)
+        ],
+        mtp_pos_B=jnp.zeros(batch, jnp.int32),
+        mtp=[layer(0, 1) for _ in range(cfg.num_mtp_layers)],
+    )
+
+
+def row_capacity(max_len: int, ratio: int) -> int:
+    """Compressed rows allocated for `max_len` tokens: whole tiles, so that reads never clamp."""
+    rows = max(max_len // ratio, 1)
+    return -(-rows // ROW_TILE) * ROW_TILE if rows > ROW_TILE else rows
+
+
+def _init_layer(
+    cfg: ModelConfig, ratio: int, lead: tuple[int, int], max_len: int, num: Numerics
+) -> LayerCache:
+    cache: LayerCache = {"window": _empty_rows(cfg, (*lead, cfg.window), num)}
+    if ratio:
+        capacity = row_capacity(max_len, ratio)
+        cache["rows"] = _empty_rows(cfg, (*lead, capacity), num)
+        cache["ring"] = _empty_ring(lead, ratio, cfg.head_dim)
+    if ratio == CSA:
+        cache["keys"] = _empty_keys(cfg, (*lead, capacity), num)
+        cache["key_ring"] = _empty_ring(lead, ratio, cfg.index_dim)
+    return cache
+
+
+def _empty_ring(lead: tuple[int, int], ratio: int, row_dim: int) -> dict[str, Array]:
+    """Compressor inputs of the open window (and the one before it where windows overlap)."""
+    overlap = 2 if ratio == CSA else 1
+    shape = (*lead, overlap * ratio, overlap * row_dim)
+    return {"values": jnp.zeros(shape, jnp.float32), "scores": jnp.zeros(shape, jnp.float32)}
+
+
+def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
+    if not num.packed_cache:
+        return jnp.zeros((*lead, cfg.head_dim), num.jnp_dtype)
+    still = cfg.head_dim - cfg.rope_dim
+    return PackedRows(
+        codes=jnp.zeros((*lead, still), jnp.float8_e4m3fn),
+        scales=jnp.ones((*lead, -(-still // KV_BLOCK)), jnp.float8_e8m0fnu),
+        rope=jnp.zeros((*lead, cfg.rope_dim), jnp.bfloat16),
+    )
+
+
+def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
+    if not num.packed_cache:
+        return jnp.zeros((*lead, cfg.index_dim), num.jnp_dtype)
+    return PackedKeys(
+        codes=jnp.zeros((*lead, cfg.index_dim // 2), jnp.uint8),
+        scales=jnp.ones((*lead, -(-cfg.index_dim // FP4_BLOCK)), jnp.float8_e8m0fnu),
+    )
+
+
+def pack(like: Rows, x: Array) -> Rows:
+    """Values `[..., H]` (already rounded) in the storage form of `like`. Exact."""
+    if isinstance(like, PackedRows):
+        still = like.codes.shape[-1]
+        codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
+        return PackedRows(codes, scales.astype(like.scales.dtype), x[..., still:])
+    if isinstance(like, PackedKeys):
+        values, scales = quantize_fp4(x)
+        return PackedKeys(pack_fp4(values), scales.astype(like.scales.dtype))
+    return x.astype(like.dtype)
+
+
+def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
+    """Values of stored rows or keys `[..., H]`."""
+    if isinstance(rows, PackedRows):
+        still = dequantize_fp8(rows.codes, rows.scales, KV_BLOCK).astype(dtype)
+        return jnp.concatenate([still, rows.rope.astype(dtype)], axis=-1)
+    if isinstance(rows, PackedKeys):
+        values = unpack_fp4(rows.codes)
+        scales = jnp.repeat(rows.scales.astype(jnp.float32), FP4_BLOCK, axis=-1)
+        return (values * scales[..., : values.shape[-1]]).astype(dtype)
+    return rows.astype(dtype)
+
+
+def num_rows(rows: Rows) -> int:
+    """Capacity of a store of rows `[n, B, capacity, ...]`."""
+    return jax.tree.leaves(rows)[0].shape[2]
+
+
+def read_tile(rows: Rows, index: Array, start: Array, size: int, dtype: jnp.dtype) -> Array:
+    """Rows [start, start+size) of every sequence: `[B, size, H]`."""
+
+    def cut(a: Array) -> Array:
+        begin = (index, 0, start, 0)
+        return lax.dynamic_slice(a, begin, (1, a.shape[1], size, a.shape[3]))[0]
+
+    return unpack(jax.tree.map(cut, rows), dtype)
+
+
+def gather_rows(rows: Rows, index: Array, slots: Array, dtype: jnp.dtype) -> Array:
+    """Rows at `slots` `[B, ...]` of each sequence: `[B, ..., H]`."""
+    batch = jnp.arange(slots.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
+    return unpack(jax.tree.map(lambda a: a[index, batch, slots], rows), dtype)
+
+
+def write_rows(rows: Rows, index: Array, first_B: Array, count_B: Array, new_BTH: Array) -> Rows:
+    """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …"""
+    steps = jnp.arange(new_BTH.shape[1])[None]
+    slots = jnp.where(steps < count_B[:, None], first_B[:, None] + steps, num_rows(rows))
+    batch = jnp.arange(len(first_B))[:, None]
+
+    def put(a: Array, new: Array) -> Array:
+        return a.at[index, batch, slots].set(new, mode="drop")
+
+    return jax.tree.map(put, rows, pack(rows, new_BTH))
+
+
+def ring_history(ring: Rows, index: Array, pos_B: Array, count: int, dtype: jnp.dtype) -> Array:
+    """The `count` entries in front of position `pos_B`, oldest first: `[B, count, H]`.
+
+    Entries of negative positions hold garbage; callers mask them.
+    """
+    slots = (pos_B[:, None] + jnp.arange(-count, 0)[None]) % num_rows(ring)
+    return gather_rows(ring, index, slots, dtype)
+
+
+def ring_write(
+    ring: Rows, index: Array, pos_B: Array, count_B: Array, recent: Array, fresh: int
+) -> Rows:
+    """Advances a ring by the `count_B` first of `fresh` new entries.
+
+    `recent` `[B, ring length + fresh, H]` is the history in front of `pos_B`, then the new entries.
+    """
+    length = num_rows(ring)
+    if fresh == 1:
+        slot_B = jnp.where(count_B > 0, pos_B % length, length)
+        new = pack(ring, recent[:, -1])
+        batch = jnp.arange(len(pos_B))
+        return jax.tree.map(lambda a, x: a.at[index, batch, slot_B].set(x, mode="drop"), ring, new)
+    last_B1 = (pos_B + count_B - 1)[:, None]
+    newest = last_B1 - (last_B1 - jnp.arange(length)[None]) % length  # newest position of each slot
+    source = newest - pos_B[:, None] + length
+    new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
+    return jax.tree.map(
+        lambda a, x: lax.dynamic_update_index_in_dim(a, x.astype(a.dtype), index, 0), ring, new
+    )

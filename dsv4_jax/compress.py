@@ -1,0 +1,123 @@
+"""Compressor: pools windows of tokens into rows, the same rows for any chunking."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv4_jax import cache as store
+from dsv4_jax.config import CSA
+from dsv4_jax.norm import rms_norm
+from dsv4_jax.numerics import Numerics, linear_f32
+from dsv4_jax.rope import Rotation, rotate, rotation
+
+
+class Chunk(NamedTuple):
+    """Where the new tokens of each sequence stand.
+
+    pos_B: position of the first one. count_B: how many are real; the rest is padding.
+    rope: rotations at the tokens' positions `[B, T, R/2]`, for window-only and compressed layers.
+    """
+
+    pos_B: Array
+    count_B: Array
+    tokens_BT: Array
+    rope_window: Rotation
+    rope_rows: Rotation
+
+
+class NewRows(NamedTuple):
+    """Rows that a chunk completes: the first `count_B` of `rows_BCH`, starting at row `first_B`."""
+
+    rows_BCH: Array
+    first_B: Array
+    count_B: Array
+
+
+def pool(values: Array, scores: Array) -> Array:
+    """Softmax over tokens, separately for every channel: `[..., tokens, d]` to `[..., d]`, fp32."""
+    return (jax.nn.softmax(scores, axis=-2) * values).sum(axis=-2)
+
+
+def compress(
+    weights: dict[str, Any],
+    x_BTD: Array,
+    ring: dict[str, Array],
+    index: Array,
+    chunk: Chunk,
+    num: Numerics,
+    norm_eps: float,
+    freqs: Any,
+) -> tuple[NewRows, dict[str, Array]]:
+    """Rows completed by this chunk (normed and rotated, not yet rounded to low precision).
+
+    The state is a ring of the last windows' projected tokens, values and scores, in float32. A row
+    depends on positions alone: any split of a sequence into chunks gives the same rows.
+    """
+    ratio, width = weights["ape"].shape
+    row_dim = weights["norm"].shape[0]
+    fresh = x_BTD.shape[1]
+    values_BTd = linear_f32(x_BTD, weights["wkv"])
+    slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
+    scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
+
+    def extend(old: Array, new: Array) -> Array:
+        history = store.ring_history(old, index, chunk.pos_B, old.shape[2], jnp.dtype("float32"))
+        return jnp.concatenate([history, new], axis=1)
+
+    recent = {
+        "values": extend(ring["values"], values_BTd),
+        "scores": extend(ring["scores"], scores_BTd),
+    }
+    ring = {
+        name: store.ring_write(ring[name], index, chunk.pos_B, chunk.count_B, recent[name], fresh)
+        for name in ring
+    }
+    first_B = chunk.pos_B // ratio
+    count_B = (chunk.pos_B + chunk.count_B) // ratio - first_B
+    num_new = -(-fresh // ratio)
+
+    def pooled(_) -> Array:
+        return _pool_windows(recent, chunk.pos_B, num_new, ratio, row_dim)
+
+    shape = (len(first_B), num_new, row_dim)
+    if fresh < ratio:  # most chunks complete nothing: skip the work
+        rows = lax.cond(count_B.any(), pooled, lambda _: jnp.zeros(shape, jnp.float32), None)
+    else:
+        rows = pooled(None)
+    rows_BCH = rms_norm(num.cast(rows), weights["norm"], norm_eps, num)
+    positions_BC = (first_B[:, None] + jnp.arange(num_new)[None]) * ratio
+    rows_BCH = rotate(rows_BCH, rotation(freqs, positions_BC), num)
+    return NewRows(rows_BCH, first_B, count_B), ring
+
+
+def _pool_windows(
+    recent: dict[str, Array], pos_B: Array, num_new: int, ratio: int, row_dim: int
+) -> Array:
+    """Pools `num_new` windows from the one that holds `pos_B` on: float32 `[B, num_new, row_dim]`.
+
+    With overlap (ratio 4) a row also pools the window before its own: the first half of the
+    channels speaks for the next window, the second half for the own one.
+    """
+    overlap = 2 if ratio == CSA else 1
+    length = overlap * ratio  # history in front of pos_B
+    begin_B = length - (overlap - 1) * ratio - pos_B % ratio
+    span = (num_new + overlap - 1) * ratio
+
+    def windows(a: Array) -> Array:
+        padded = jnp.pad(a, ((0, 0), (0, max(span + ratio - a.shape[1], 0)), (0, 0)))
+        cut = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
+        return cut(padded, begin_B).reshape(len(pos_B), -1, ratio, a.shape[-1])
+
+    values, scores = windows(recent["values"]), windows(recent["scores"])
+    if overlap == 1:
+        return pool(values, scores)
+    has_previous = (pos_B[:, None] // ratio + jnp.arange(num_new)[None]) > 0
+    before = jnp.where(has_previous[..., None, None], scores[:, :-1, :, :row_dim], -jnp.inf)
+    return pool(
+        jnp.concatenate([values[:, :-1, :, :row_dim], values[:, 1:, :, row_dim:]], axis=2),
+        jnp.concatenate([before, scores[:, 1:, :, row_dim:]], axis=2),
+    )

@@ -1,0 +1,191 @@
+"""The forward pass: embed, layers, head. State goes in and comes out.
+
+`prefill` runs a chunk of any length from any position; `decode_step` is the same for one token;
+`draft` runs the MTP block. All are pure functions to be jitted by the caller with the configuration
+static and the cache donated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv4_jax.block import Block, MTPBlock
+from dsv4_jax.cache import Cache, LayerCache, init_cache
+from dsv4_jax.compress import Chunk
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.mhc import HyperHead
+from dsv4_jax.norm import rms_norm
+from dsv4_jax.numerics import Numerics, linear_f32, matmul
+from dsv4_jax.params import init_tree, unit_specs
+from dsv4_jax.rope import frequencies, rotation
+from dsv4_jax.schedule import Group, layer_groups, stack_layers
+
+Params = dict[str, Any]
+
+
+class Output(NamedTuple):
+    """logits: float32 `[B, T, V]`, or `[B, V]` of each sequence's last real token.
+    streams_BTMD: residual streams after the last layer, which the MTP block reads."""
+
+    logits: Array
+    streams_BTMD: Array
+
+
+def init_params(cfg: ModelConfig, key: Array, scan: bool = True) -> Params:
+    """Random parameters in grouped form, in their storage formats."""
+    units = unit_specs(cfg)
+    keys = dict(zip(units, jax.random.split(key, len(units)), strict=True))
+    return group_params(cfg, lambda unit: init_tree(keys[unit], cfg, units[unit]), scan)
+
+
+def group_params(cfg: ModelConfig, load: Any, scan: bool = True, place: Any = None) -> Params:
+    """Grouped parameters from `load(unit)`, which gives one unit's tree (see `params`)."""
+    names = list(unit_specs(cfg))
+    layers = [name for name in names if name.startswith("layer_")]
+    return {
+        "top": load("top"),
+        "groups": stack_layers(layer_groups(cfg, scan), lambda i: load(layers[i]), place),
+        "mtp": [load(name) for name in names if name.startswith("mtp_")],
+    }
+
+
+def is_scanned(cfg: ModelConfig, params: Params) -> bool:
+    """Whether parameters were grouped for scanning (else one group per layer)."""
+    return len(params["groups"]) != cfg.num_layers or layer_groups(cfg) == layer_groups(cfg, False)
+
+
+def prefill(
+    cfg: ModelConfig,
+    num: Numerics,
+    params: Params,
+    tokens_BT: Array,
+    cache: Cache,
+    count_B: Array | None = None,
+    all_logits: bool = False,
+) -> tuple[Output, Cache]:
+    """Runs T new tokens per sequence from where its cache stands.
+
+    count_B: how many of the T are real (the rest is padding behind them); 0 leaves a sequence
+    untouched. The caller keeps positions within the cache's capacity.
+    """
+    if count_B is None:
+        count_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
+    chunk = _chunk(cfg, cache.pos_B, count_B, tokens_BT)
+    top = params["top"]
+    x_BTD = num.cast(top["embed"][tokens_BT])
+    h_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.dim))
+    groups = layer_groups(cfg, is_scanned(cfg, params))
+    new_groups = []
+    for group, weights, state in zip(groups, params["groups"], cache.groups, strict=True):
+        h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state)
+        new_groups.append(state)
+    kept = h_BTMD if all_logits else last_of(h_BTMD, count_B)
+    y = HyperHead(cfg, num).apply({"params": top["hc_head"]}, kept)
+    logits = output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
+    cache = cache.replace(pos_B=cache.pos_B + count_B, groups=new_groups)
+    return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
+
+
+def decode_step(
+    cfg: ModelConfig,
+    num: Numerics,
+    params: Params,
+    tokens_B: Array,
+    cache: Cache,
+    active_B: Array | None = None,
+) -> tuple[Output, Cache]:
+    """One token per sequence. Sequences that are not active keep their state."""
+    count_B = None if active_B is None else active_B.astype(jnp.int32)
+    return prefill(cfg, num, params, tokens_B[:, None], cache, count_B)
+
+
+def draft(
+    cfg: ModelConfig,
+    num: Numerics,
+    params: Params,
+    streams_BTMD: Array,
+    next_BT: Array,
+    cache: Cache,
+    count_B: Array | None = None,
+    all_logits: bool = False,
+) -> tuple[Output, Cache]:
+    """The MTP block: streams of token i and the id of token i+1 give logits of token i+2.
+
+    Row i takes position i. Raises ValueError if the model has no MTP block.
+    """
+    if not params["mtp"]:
+        raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers is 0)")
+    if count_B is None:
+        count_B = jnp.full(next_BT.shape[0], next_BT.shape[1], jnp.int32)
+    chunk = _chunk(cfg, cache.mtp_pos_B, count_B, next_BT)
+    embedded_BTD = num.cast(params["top"]["embed"][next_BT])
+    y_BTD, h_BTMD, state = MTPBlock(cfg, num).apply(
+        {"params": params["mtp"][0]}, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], jnp.int32(0)
+    )
+    kept = y_BTD if all_logits else last_of(y_BTD, count_B)
+    logits = output_head(kept, params["top"]["head"])
+    cache = cache.replace(mtp_pos_B=cache.mtp_pos_B + count_B, mtp=[state, *cache.mtp[1:]])
+    return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
+
+
+def forward(cfg: ModelConfig, num: Numerics, params: Params, tokens_BT: Array) -> Array:
+    """Logits float32 `[B, T, V]` of whole sequences, without keeping any state."""
+    batch, length = tokens_BT.shape
+    cache = init_cache(cfg, batch, length, num, is_scanned(cfg, params))
+    return prefill(cfg, num, params, tokens_BT, cache, all_logits=True)[0].logits
+
+
+def output_head(y: Array, head_VD: Array) -> Array:
+    """Float32 logits; bfloat16 operands have exact products, so they need no wider copy."""
+    if y.dtype == head_VD.dtype == jnp.bfloat16:
+        return matmul(y, head_VD)
+    return linear_f32(y, head_VD)
+
+
+def last_of(x: Array, count_B: Array) -> Array:
+    """The last real entry along axis 1 of each sequence: `[B, 1, ...]`."""
+    at = jnp.maximum(count_B - 1, 0).reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, at, axis=1)
+
+
+def _chunk(cfg: ModelConfig, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
+    positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+    return Chunk(
+        pos_B,
+        count_B,
+        tokens_BT,
+        rotation(frequencies(cfg, compressed=False), positions_BT),
+        rotation(frequencies(cfg, compressed=True), positions_BT),
+    )
+
+
+def _run_group(
+    cfg: ModelConfig,
+    num: Numerics,
+    group: Group,
+    weights: list[Params],
+    h_BTMD: Array,
+    chunk: Chunk,
+    state: list[LayerCache],
+) -> tuple[Array, list[LayerCache]]:
+    """All layers of a group; a repeated pattern is one scan with the caches in its carry."""
+
+    def pattern(h: Array, state: list[LayerCache], weights: list[Params], index: Array):
+        new_state = []
+        for kind, params, cache in zip(group.kinds, weights, state, strict=True):
+            h, cache = Block(cfg, num, kind).apply({"params": params}, h, chunk, cache, index)
+            new_state.append(cache)
+        return h, new_state
+
+    if group.repeats == 1:
+        return pattern(h_BTMD, state, weights, jnp.int32(0))
+
+    def body(carry: tuple[Array, list[LayerCache]], xs: tuple[list[Params], Array]):
+        return pattern(*carry, *xs), None
+
+    (h_BTMD, state), _ = lax.scan(body, (h_BTMD, state), (weights, jnp.arange(group.repeats)))
+    return h_BTMD, state

@@ -1,0 +1,137 @@
+"""Mixture of experts: hash or scored routing, dropless experts, one shared expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.numerics import Numerics, linear, linear_f32
+from dsv4_jax.params import declare, moe_specs
+from dsv4_jax.quant import index_expert
+
+MAX_EXPERT_TILE = 64  # rows of one expert that are multiplied together
+
+
+class Routing(NamedTuple):
+    """Experts of each token in ascending order (int32) and their float32 weights."""
+
+    experts_UA: Array
+    weights_UA: Array
+
+
+def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig) -> Routing:
+    """Chooses experts by token id (hash layers) or by biased score; all in float32.
+
+    The bias only selects. Weights are the chosen unbiased scores, normalised and scaled.
+    """
+    scores_UE = jnp.sqrt(jax.nn.softplus(linear_f32(x_UD, gate["weight"])))
+    if "tid2eid" in gate:
+        experts_UA = gate["tid2eid"][tokens_U]
+    else:
+        experts_UA = lax.top_k(scores_UE + gate["bias"][None], cfg.experts_per_token)[1]
+    experts_UA = jnp.sort(experts_UA, axis=-1)  # experts add up in index order, as officially
+    weights_UA = jnp.take_along_axis(scores_UE, experts_UA, axis=-1)
+    weights_UA = weights_UA / weights_UA.sum(axis=-1, keepdims=True) * cfg.routed_scale
+    return Routing(experts_UA, weights_UA)
+
+
+def expert(
+    weights: dict[str, Any], x_YD: Array, scale_Y: Array | None, cfg: ModelConfig, num: Numerics
+) -> Array:
+    """silu(clamped gate) · clamped up · routing weight, then down; `[Y, D]`.
+
+    The routing weight comes before the down projection (inside the rounding of its input).
+    """
+    gate_YF = linear(x_YD, weights["w1"], num).astype(jnp.float32)
+    up_YF = linear(x_YD, weights["w3"], num).astype(jnp.float32)
+    if cfg.swiglu_limit:
+        gate_YF = jnp.minimum(gate_YF, cfg.swiglu_limit)
+        up_YF = jnp.clip(up_YF, -cfg.swiglu_limit, cfg.swiglu_limit)
+    hidden_YF = jax.nn.silu(gate_YF) * up_YF
+    if scale_Y is not None:
+        hidden_YF = hidden_YF * scale_Y[:, None]
+    return linear(num.cast(hidden_YF), weights["w2"], num)
+
+
+def routed_sum(
+    weights: dict[str, Any],
+    x_UD: Array,
+    routing: Routing,
+    real_U: Array,
+    cfg: ModelConfig,
+    num: Numerics,
+) -> Array:
+    """Σ over each token's experts, float32 `[U, D]`. Dropless; padding tokens cost nothing.
+
+    Rows are sorted by expert and each expert's rows padded to tiles; a loop over the tiles in use
+    picks the tile's expert, so weights are read (and decoded) one expert at a time.
+    """
+    tokens, per_token = routing.experts_UA.shape
+    num_experts, rows = cfg.num_experts, tokens * per_token
+    tile = expert_tile(rows, num_experts)
+    capacity = min(rows, -(-rows // tile) + num_experts) * tile
+    owner_Y = jnp.where(real_U[:, None], routing.experts_UA, num_experts).reshape(-1)
+    order_Y = jnp.argsort(owner_Y, stable=True)
+    count_E = jnp.bincount(owner_Y, length=num_experts + 1)[:num_experts]
+    tiles_E = -(-count_E // tile)
+    first_tile_E = jnp.cumsum(tiles_E) - tiles_E
+    first_row_E = jnp.cumsum(count_E) - count_E
+    rank_Y = jnp.zeros(rows, jnp.int32).at[order_Y].set(jnp.arange(rows, dtype=jnp.int32))
+    safe_Y = jnp.minimum(owner_Y, num_experts - 1)
+    slot_Y = first_tile_E[safe_Y] * tile + rank_Y - first_row_E[safe_Y]
+    slot_Y = jnp.where(owner_Y < num_experts, slot_Y, capacity)  # padding goes nowhere
+    source_slot = jnp.zeros(capacity, jnp.int32).at[slot_Y].set(
+        jnp.arange(rows, dtype=jnp.int32), mode="drop"
+    )
+    last_tile_E = jnp.cumsum(tiles_E)
+
+    def body(step: Array, out: Array) -> Array:
+        which = jnp.searchsorted(last_tile_E, step, side="right")
+        source = lax.dynamic_slice_in_dim(source_slot, step * tile, tile)
+        part = expert(
+            index_expert(weights, which),
+            x_UD[source // per_token],
+            routing.weights_UA.reshape(-1)[source],
+            cfg,
+            num,
+        )
+        return lax.dynamic_update_slice_in_dim(out, part, step * tile, axis=0)
+
+    out = jnp.zeros((capacity, x_UD.shape[1]), num.jnp_dtype)
+    out = lax.fori_loop(0, last_tile_E[-1], body, out)
+    picked = out.at[slot_Y].get(mode="fill", fill_value=0).reshape(tokens, per_token, -1)
+    total = picked[:, 0].astype(jnp.float32)
+    for a in range(1, per_token):
+        total = total + picked[:, a].astype(jnp.float32)
+    return total
+
+
+def expert_tile(rows: int, num_experts: int) -> int:
+    """Tile height: about the mean number of rows per expert, as a power of two."""
+    mean = max(rows // num_experts, 1)
+    return min(1 << (mean - 1).bit_length(), MAX_EXPERT_TILE)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared expert of one layer."""
+
+    cfg: ModelConfig
+    num: Numerics
+    is_hash: bool
+
+    def setup(self) -> None:
+        self.weights: dict[str, Any] = declare(self, self.cfg, moe_specs(self.cfg, self.is_hash))
+
+    def __call__(self, x_BTD: Array, tokens_BT: Array, real_BT: Array) -> Array:
+        cfg, num, w = self.cfg, self.num, self.weights
+        x_UD = x_BTD.reshape(-1, cfg.dim)
+        routing = route(w["gate"], x_UD, tokens_BT.reshape(-1), cfg)
+        routed_UD = routed_sum(w["experts"], x_UD, routing, real_BT.reshape(-1), cfg, num)
+        shared_UD = expert(w["shared"], x_UD, None, cfg, num)
+        out_UD = num.cast(routed_UD + shared_UD.astype(jnp.float32))
+        return out_UD.reshape(x_BTD.shape)

@@ -1,0 +1,1 @@
+"""TPU kernels, one folder per operation, each beside its plain reference."""
