@@ -6,6 +6,9 @@ the whole stack in its carry and update it in place.
 
 Position p of a sequence lives in ring slot p mod (ring length). Row j of the compressed rows covers
 tokens [j·r, (j+1)·r).
+
+Eight- and sixteen-bit floats are kept as unsigned integers of the same bits: every backend updates
+integers in place, while some would widen a whole cache of small floats to write one row.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from dsv4_jax.quant import (
 )
 from dsv4_jax.schedule import layer_groups
 
+E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
 
 LayerCache = dict[str, Any]
@@ -39,7 +43,8 @@ LayerCache = dict[str, Any]
 class PackedRows:
     """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
 
-    codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, rope `[..., R]`.
+    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, rope
+    bfloat16 `[..., R]`.
     """
 
     codes: Array
@@ -49,7 +54,7 @@ class PackedRows:
 
 @struct.dataclass
 class PackedKeys:
-    """Index keys in FP4: codes uint8 `[..., J/2]`, scales float8_e8m0fnu `[..., ⌈J/32⌉]`."""
+    """Index keys in FP4: codes uint8 `[..., J/2]`, bits of float8_e8m0fnu scales `[..., ⌈J/32⌉]`."""
 
     codes: Array
     scales: Array
@@ -126,22 +131,32 @@ def _empty_ring(lead: tuple[int, int], ratio: int, row_dim: int) -> dict[str, Ar
 
 def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
     if not num.packed_cache:
-        return jnp.zeros((*lead, cfg.head_dim), num.jnp_dtype)
+        return _bits(jnp.zeros((*lead, cfg.head_dim), num.jnp_dtype))
     still = cfg.head_dim - cfg.rope_dim
     return PackedRows(
-        codes=jnp.zeros((*lead, still), jnp.float8_e4m3fn),
-        scales=jnp.ones((*lead, -(-still // KV_BLOCK)), jnp.float8_e8m0fnu),
-        rope=jnp.zeros((*lead, cfg.rope_dim), jnp.bfloat16),
+        codes=jnp.zeros((*lead, still), jnp.uint8),
+        scales=jnp.full((*lead, -(-still // KV_BLOCK)), E8M0_ONE, jnp.uint8),
+        rope=jnp.zeros((*lead, cfg.rope_dim), jnp.uint16),
     )
 
 
 def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
     if not num.packed_cache:
-        return jnp.zeros((*lead, cfg.index_dim), num.jnp_dtype)
+        return _bits(jnp.zeros((*lead, cfg.index_dim), num.jnp_dtype))
     return PackedKeys(
         codes=jnp.zeros((*lead, cfg.index_dim // 2), jnp.uint8),
-        scales=jnp.ones((*lead, -(-cfg.index_dim // FP4_BLOCK)), jnp.float8_e8m0fnu),
+        scales=jnp.full((*lead, -(-cfg.index_dim // FP4_BLOCK)), E8M0_ONE, jnp.uint8),
     )
+
+
+def _bits(x: Array) -> Array:
+    """Small floats as unsigned integers of the same bits; other arrays unchanged."""
+    width = x.dtype.itemsize
+    return lax.bitcast_convert_type(x, f"uint{8 * width}") if width < 4 else x
+
+
+def _floats(x: Array, dtype: str) -> Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(dtype))
 
 
 def pack(like: Rows, x: Array) -> Rows:
@@ -149,23 +164,26 @@ def pack(like: Rows, x: Array) -> Rows:
     if isinstance(like, PackedRows):
         still = like.codes.shape[-1]
         codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
-        return PackedRows(codes, scales.astype(like.scales.dtype), x[..., still:])
+        scales = scales.astype(jnp.float8_e8m0fnu)
+        return PackedRows(_bits(codes), _bits(scales), _bits(x[..., still:]))
     if isinstance(like, PackedKeys):
         values, scales = quantize_fp4(x)
-        return PackedKeys(pack_fp4(values), scales.astype(like.scales.dtype))
-    return x.astype(like.dtype)
+        return PackedKeys(pack_fp4(values), _bits(scales.astype(jnp.float8_e8m0fnu)))
+    return _bits(x)
 
 
 def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
     """Values of stored rows or keys `[..., H]`."""
     if isinstance(rows, PackedRows):
-        still = dequantize_fp8(rows.codes, rows.scales, KV_BLOCK).astype(dtype)
-        return jnp.concatenate([still, rows.rope.astype(dtype)], axis=-1)
+        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(rows.scales, "float8_e8m0fnu")
+        still = dequantize_fp8(codes, scales, KV_BLOCK).astype(dtype)
+        return jnp.concatenate([still, _floats(rows.rope, "bfloat16").astype(dtype)], axis=-1)
     if isinstance(rows, PackedKeys):
         values = unpack_fp4(rows.codes)
-        scales = jnp.repeat(rows.scales.astype(jnp.float32), FP4_BLOCK, axis=-1)
+        scales = _floats(rows.scales, "float8_e8m0fnu").astype(jnp.float32)
+        scales = jnp.repeat(scales, FP4_BLOCK, axis=-1)
         return (values * scales[..., : values.shape[-1]]).astype(dtype)
-    return rows.astype(dtype)
+    return (_floats(rows, "bfloat16") if rows.dtype == jnp.uint16 else rows).astype(dtype)
 
 
 def num_rows(rows: Rows) -> int:

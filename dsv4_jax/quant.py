@@ -53,7 +53,7 @@ def round_to(x: Array, dtype: jnp.dtype) -> Array:
 def pow2_at_least(x: Array) -> Array:
     """2^ceil(log2 x) of positive normal float32 values, from the bits: exact powers stay put."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
     return lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
@@ -130,7 +130,9 @@ def unpack_fp4(codes: Array) -> Array:
     # exponent 0 is subnormal: 0 or 0.5; otherwise (1 + mantissa/2) * 2^(exponent-1)
     normal = ((exponent + 126) << 23) | (mantissa << 22)
     size = jnp.where(
-        exponent == 0, 0.5 * mantissa, lax.bitcast_convert_type(normal, jnp.float32)
+        exponent == 0,
+        0.5 * mantissa.astype(jnp.float32),
+        lax.bitcast_convert_type(normal, jnp.float32),
     )
     return jnp.where(nibble >= 8, -size, size)
 

@@ -1,0 +1,77 @@
+"""Logits to tokens, on device, with counter-based randomness."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; `top_k` 0 and `top_p` 1 are off, `temperature` 0 takes the best.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
+
+    def key(self) -> Array:
+        """The request's random key; the same seed gives the same tokens."""
+        seed = secrets.randbelow(MAX_SEED) if self.seed is None else self.seed
+        return jax.random.fold_in(jax.random.key(seed & MAX_SEED), (seed >> 31) & MAX_SEED)
+
+
+def sample(
+    logits_V: Array, key: Array, position: Array, temperature: Array, top_p: Array, top_k: Array
+) -> Array:
+    """One token id (int32 scalar) from float32 logits.
+
+    The draw depends on the key and the position alone: the Gumbel trick with noise that is a
+    function of both, so a token does not depend on what else is being computed.
+    """
+    best = jnp.argmax(logits_V).astype(jnp.int32)
+
+    def draw(_) -> Array:
+        scaled = logits_V / jnp.maximum(temperature, 1e-6)
+        kept = lax.cond((top_p < 1) | (top_k > 0), _truncate, _keep_all, scaled, top_p, top_k)
+        noise = jax.random.gumbel(jax.random.fold_in(key, position), logits_V.shape, jnp.float32)
+        return jnp.argmax(kept + noise).astype(jnp.int32)
+
+    return lax.cond(temperature > 0, draw, lambda _: best, None)
+
+
+def _keep_all(scaled_V: Array, top_p: Array, top_k: Array) -> Array:
+    return scaled_V
+
+
+def _truncate(scaled_V: Array, top_p: Array, top_k: Array) -> Array:
+    """-inf outside the `top_k` best, then outside the smallest set of probability `top_p`."""
+    order_V = jnp.argsort(-scaled_V, stable=True)
+    ranked_V = scaled_V[order_V]
+    ranks_V = jnp.arange(len(scaled_V))
+    ranked_V = jnp.where((top_k == 0) | (ranks_V < top_k), ranked_V, -jnp.inf)
+    probs_V = jax.nn.softmax(ranked_V)
+    before_V = jnp.cumsum(probs_V) - probs_V  # the first token past the border is kept
+    ranked_V = jnp.where((before_V < top_p) | (ranks_V == 0), ranked_V, -jnp.inf)
+    return jnp.full_like(scaled_V, -jnp.inf).at[order_V].set(ranked_V)
