@@ -1,0 +1,1 @@
+"""Official checkpoint files in and out; Orbax storage."""

@@ -1,0 +1,175 @@
+"""The HTTP routes."""
+
+import base64
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib import metadata, resources
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsv4_jax.serving.chat import chat_completions
+from dsv4_jax.serving.errors import ApiError, internal
+from dsv4_jax.serving.service import Service
+
+CHAT_PATHS = ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions")
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def create_app(service: Service) -> ASGIApp:
+    """Returns the ASGI application of one server."""
+
+    def guarded(handler: Callable[[Service, Request], Awaitable[Any]]) -> Handler:
+        async def endpoint(request: Request) -> Any:
+            service.check_key(request)
+            return await handler(service, request)
+
+        return endpoint
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await service.thread.close()
+
+    open_routes = {"/health": _health, "/ready": _ready, "/version": _version}
+    app = Starlette(
+        routes=[
+            *(Route(path, guarded(chat_completions), methods=["POST"]) for path in CHAT_PATHS),
+            Route("/v1/models", guarded(_models)),
+            Route("/v1/models/{name:path}", guarded(_model)),
+            *(Route(path, _with(service, handler)) for path, handler in open_routes.items()),
+            Route("/", _page),
+        ],
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _bug},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return _Outermost(app)
+
+
+def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
+    async def endpoint(_: Request) -> Response:
+        return handler(service)
+
+    return endpoint
+
+
+def _health(_: Service) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def _ready(service: Service) -> Response:
+    is_ready = service.phase == "ready"
+    state = {
+        "phase": service.phase,
+        "percent": service.percent,
+        "notice": service.settings.notice,
+    }
+    headers = {} if is_ready else {"retry-after": "1"}
+    return JSONResponse(state, 200 if is_ready else 503, headers)
+
+
+def _version(_: Service) -> Response:
+    try:
+        version = metadata.version("dsv4_jax")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return JSONResponse({"version": version})
+
+
+async def _models(service: Service, _: Request) -> Response:
+    names = service.settings.names
+    return JSONResponse({"object": "list", "data": [_entry(service, name) for name in names]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    name = service.model_name(request.path_params["name"])
+    return JSONResponse(_entry(service, name))
+
+
+def _entry(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "dsv4_jax",
+        "max_model_len": service.loaded().planner.max_len,
+    }
+
+
+def _read_page() -> tuple[str, dict[str, str]]:
+    """Returns the chat page and headers that allow its own script and nothing else."""
+    page = (resources.files("dsv4_jax.serving") / "page.html").read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return page, {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+
+
+_PAGE, _PAGE_HEADERS = _read_page()
+
+
+async def _page(_: Request) -> Response:
+    return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    shown = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        known = ApiError(404, "not_found", f"There is nothing at {shown}.")
+    else:
+        known = ApiError(error.status_code, "invalid_request", f"{shown}: {error.detail}.")
+    return JSONResponse(known.body(), error.status_code, error.headers)
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    error = internal(request.scope["dsv4.request_id"])
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+class _Outermost:
+    """Names every request (`x-request-id`, the client's own if it sent one) and logs bugs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        name = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        scope["dsv4.request_id"] = name
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_named)
+        except ClientDisconnect:
+            _log.info("%s finish=disconnected", name)
+        except Exception:
+            _log.exception("request %s failed", name)

@@ -1,0 +1,118 @@
+"""Running the server: its port, and loading the model behind it."""
+
+import errno
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Callable
+
+import uvicorn
+
+from dsv4_jax.serving.api import create_app
+from dsv4_jax.serving.http11 import Http11
+from dsv4_jax.serving.service import Service
+
+GRACE_S = 5  # for running answers when the server is told to stop
+TRIED_PORTS = 50
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the port, 0 meaning any free one.
+
+    Raises:
+        ValueError: it cannot be opened; the message says what to do.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port} must lie between 0 and 65535")
+    try:
+        socket.getaddrinfo(host, port)
+        return _open(host, port)
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f"host {host!r} is not an address of this machine") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = _free_port(host, port)
+            hint = f": try --port {free}" if free else ""
+            raise ValueError(f"port {port} of {host} is in use{hint}") from None
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _open(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=128)
+
+
+def _free_port(host: str, port: int) -> int | None:
+    for other in range(port + 1, min(port + TRIED_PORTS, 65536)):
+        try:
+            _open(host, other).close()
+        except OSError:
+            continue
+        return other
+    return None
+
+
+def url_of(listener: socket.socket) -> str:
+    """Returns the address to open in a browser of this machine."""
+    host, port = str(listener.getsockname()[0]), listener.getsockname()[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host) or host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Returns a short name for everything in `parts` together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return f"fp_{digest.hexdigest()[:16]}"
+
+
+def how_to_use(url: str, needs_key: bool) -> str:
+    """Returns what the terminal shows once the server is ready."""
+    key = " -H 'authorization: Bearer KEY'" if needs_key else ""
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200}
+    return "\n".join(
+        [
+            f"chat page  {url}/",
+            f"API        {url}/v1",
+            f"try        curl {url}/v1/chat/completions{key} \\",
+            f"             -H 'content-type: application/json' -d '{json.dumps(body)}'",
+        ]
+    )
+
+
+def serve(service: Service, listener: socket.socket, load: Callable[[], None]) -> None:
+    """Answers on `listener` until a signal; `load` runs on a thread and makes `service` ready.
+
+    Raises:
+        Exception: what `load` raised; the server is stopped then.
+        KeyboardInterrupt: after a clean stop by Ctrl-C.
+    """
+    config = uvicorn.Config(
+        create_app(service),
+        http=Http11,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    server = uvicorn.Server(config)
+    failures: list[BaseException] = []
+
+    def loading() -> None:
+        try:
+            load()
+        except BaseException as error:
+            failures.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=loading, name="load", daemon=True).start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.thread.stop()
+    if failures:
+        raise failures[0]

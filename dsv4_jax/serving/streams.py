@@ -1,0 +1,104 @@
+"""Sending an answer while it is made, and noticing when the client leaves."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from dsv4_jax.serving.errors import ApiError, internal
+from dsv4_jax.serving.reply import DONE, KEEP_ALIVE, server_sent
+from dsv4_jax.serving.worker import Job
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Returns the result of `work`, or None if the client left first; then work is cancelled."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass
+class EventStream(Generic[T]):
+    """An ASGI response of server-sent events.
+
+    Headers wait for the first items, at most `hold_s`, so that early failures keep their status;
+    later failures become an error event. Every `beat_s` without items a comment is sent.
+    """
+
+    job: Job[T]
+    encode: Callable[[list[T]], bytes]
+    request_id: str
+    hold_s: float
+    beat_s: float
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._send_all(send))
+        finally:
+            self.job.cancel()
+
+    async def _send_all(self, send: Send) -> bool:
+        following = asyncio.ensure_future(self.job.next())
+        try:
+            await asyncio.wait({following}, timeout=self.hold_s)
+            if following.done():
+                following.result()  # raises what went wrong before the first token
+            await self._send_headers(send)
+            await self._send_items(send, following)
+        finally:
+            following.cancel()
+        return True
+
+    async def _send_headers(self, send: Send) -> None:
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **self.headers,
+        }
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def _send_items(self, send: Send, following: "asyncio.Future[list[T] | None]") -> None:
+        async def send_bytes(data: bytes, is_last: bool = False) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
+
+        try:
+            while (items := await self._wait(following, send_bytes)) is not None:
+                await send_bytes(self.encode(items))
+                following = asyncio.ensure_future(self.job.next())
+        except ApiError as error:
+            await send_bytes(server_sent(error.body()))
+        except Exception:
+            _log.exception("request %s failed", self.request_id)
+            await send_bytes(server_sent(internal(self.request_id).body()))
+        finally:
+            following.cancel()
+        await send_bytes(DONE, is_last=True)
+
+    async def _wait(
+        self,
+        following: "asyncio.Future[list[T] | None]",
+        send_bytes: Callable[[bytes], Coroutine[Any, Any, None]],
+    ) -> list[T] | None:
+        while not (await asyncio.wait({following}, timeout=self.beat_s))[0]:
+            await send_bytes(KEEP_ALIVE)
+        return following.result()

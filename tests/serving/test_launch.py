@@ -1,0 +1,74 @@
+"""Ports, and loading behind a server that already answers."""
+
+import socket
+
+import httpx
+import pytest
+
+from dsv4_jax.serving.launch import fingerprint, how_to_use, listen, serve, url_of
+from dsv4_jax.serving.service import Service, Settings
+from tests.serving.fakes import MODEL, PATIENCE_S, FakeModel, answer, make_service
+
+
+def test_a_free_port():
+    with listen("127.0.0.1", 0) as listener:
+        assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with listen("0.0.0.0", 0) as listener:
+        assert url_of(listener).startswith("http://127.0.0.1:")
+
+
+def test_a_port_in_use_suggests_another():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} of 127\.0\.0\.1 is in use"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "problem"),
+    [
+        ("127.0.0.1", 70_000, "between 0 and 65535"),
+        ("192.0.2.1", 0, "cannot listen on 192.0.2.1"),
+        ("not a host", 0, "not an address"),
+    ],
+)
+def test_impossible_addresses(host, port, problem):
+    with pytest.raises(ValueError, match=problem):
+        listen(host, port)
+
+
+def test_fingerprints_tell_parts_apart():
+    assert fingerprint(b"ab", b"c") != fingerprint(b"a", b"bc")
+    assert fingerprint(b"ab") == fingerprint(b"ab")
+
+
+def test_the_printed_command_can_be_pasted():
+    text = how_to_use("http://127.0.0.1:1", needs_key=True)
+    assert "curl http://127.0.0.1:1/v1/chat/completions -H 'authorization: Bearer KEY'" in text
+    assert "authorization" not in how_to_use("http://127.0.0.1:1", needs_key=False)
+
+
+def test_a_failing_load_stops_the_server():
+    def load() -> None:
+        raise ValueError("no such checkpoint")
+
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        serve(Service(Settings((MODEL,))), listen("127.0.0.1", 0), load)
+
+
+def test_it_answers_while_it_loads():
+    service = Service(Settings((MODEL,)))
+    loaded = make_service(FakeModel(answer("hi"))).loaded()
+    listener = listen("127.0.0.1", 0)
+    address = url_of(listener)
+    seen: list[httpx.Response] = []
+
+    def load() -> None:
+        seen.append(httpx.get(f"{address}/ready", timeout=PATIENCE_S))
+        service.ready(loaded.planner, loaded.model, loaded.fingerprint)
+        seen.append(httpx.get(f"{address}/ready", timeout=PATIENCE_S))
+        raise InterruptedError  # the only way a test can end the server
+
+    with pytest.raises(InterruptedError):
+        serve(service, listener, load)
+    assert [reply.status_code for reply in seen] == [503, 200]
