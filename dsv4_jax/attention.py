@@ -86,9 +86,7 @@ class Attention(nn.Module):
         keys = round_index(new.rows_BCH, self.num)
         cache["keys"] = store.write_rows(cache["keys"], index, new.first_B, new.count_B, keys)
 
-    def _index_query(
-        self, x_BTD: Array, latent_BTQ: Array, turn: Rotation
-    ) -> indexer.IndexQuery:
+    def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]
         q_BTy = linear(latent_BTQ, w["wq_b"], num)
         q_BTIJ = q_BTy.reshape(*q_BTy.shape[:2], cfg.index_heads, cfg.index_dim)

@@ -79,9 +79,7 @@ class MTPBlock(nn.Module):
         cfg, num, w = self.cfg, self.num, self.weights
         e_BTD = linear(rms_norm(next_BTD, w["enorm"], cfg.norm_eps, num), w["e_proj"], num)
         s_BTMD = linear(rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num), w["h_proj"], num)
-        x_BTMD = num.cast(
-            e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32)
-        )
+        x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
         x_BTMD, cache = self.block(x_BTMD, chunk, cache, index)
         y_BTD = rms_norm(self.hc_head(x_BTMD), w["norm"], cfg.norm_eps, num)
         return y_BTD, x_BTMD, cache

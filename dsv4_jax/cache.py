@@ -54,7 +54,7 @@ class PackedRows:
 
 @struct.dataclass
 class PackedKeys:
-    """Index keys in FP4: codes uint8 `[..., J/2]`, bits of float8_e8m0fnu scales `[..., ⌈J/32⌉]`."""
+    """Index keys in FP4: codes `[..., J/2]`, bits of float8_e8m0fnu scales `[..., ⌈J/32⌉]`."""
 
     codes: Array
     scales: Array
@@ -113,11 +113,10 @@ def _init_layer(
 ) -> LayerCache:
     cache: LayerCache = {"window": _empty_rows(cfg, (*lead, cfg.window), num)}
     if ratio:
-        capacity = row_capacity(max_len, ratio)
-        cache["rows"] = _empty_rows(cfg, (*lead, capacity), num)
+        cache["rows"] = _empty_rows(cfg, (*lead, row_capacity(max_len, ratio)), num)
         cache["ring"] = _empty_ring(lead, ratio, cfg.head_dim)
     if ratio == CSA:
-        cache["keys"] = _empty_keys(cfg, (*lead, capacity), num)
+        cache["keys"] = _empty_keys(cfg, (*lead, row_capacity(max_len, ratio)), num)
         cache["key_ring"] = _empty_ring(lead, ratio, cfg.index_dim)
     return cache
 

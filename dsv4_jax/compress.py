@@ -45,13 +45,13 @@ def pool(values: Array, scores: Array) -> Array:
 def compress(
     weights: dict[str, Any],
     x_BTD: Array,
-    ring: dict[str, Array],
+    ring: dict[str, store.Rows],
     index: Array,
     chunk: Chunk,
     num: Numerics,
     norm_eps: float,
     freqs: Any,
-) -> tuple[NewRows, dict[str, Array]]:
+) -> tuple[NewRows, dict[str, store.Rows]]:
     """Rows completed by this chunk (normed and rotated, not yet rounded to low precision).
 
     The state is a ring of the last windows' projected tokens, values and scores, in float32. A row
@@ -64,8 +64,9 @@ def compress(
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
 
-    def extend(old: Array, new: Array) -> Array:
-        history = store.ring_history(old, index, chunk.pos_B, old.shape[2], jnp.dtype("float32"))
+    def extend(old: store.Rows, new: Array) -> Array:
+        length = store.num_rows(old)
+        history = store.ring_history(old, index, chunk.pos_B, length, jnp.dtype("float32"))
         return jnp.concatenate([history, new], axis=1)
 
     recent = {

@@ -1,8 +1,9 @@
 """The one legend of dimension letters.
 
-Array names end in the letters of their dimensions (`q_BTNH`). Capital letters are the quantities of
-the paper; small letters are sizes derived from them (merged or split dimensions). A letter gives the
-meaning, the logical name that `sharding` maps to mesh axes, and the size in a given configuration.
+Array names end in the letters of their dimensions (`q_BTNH`). Capital letters are the quantities
+of the paper; small letters are sizes derived from them (merged or split dimensions). A letter gives
+the meaning, the logical name that `sharding` maps to mesh axes, and the size in a given
+configuration.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ MIN_CAPACITY = 128
 
 
 class Piece(NamedTuple):
-    """Tokens `start` … `start + count` of a sequence, run as a chunk of `size`."""
+    """Tokens `start` … `start + length` of a sequence, run as a chunk of `size`."""
 
     start: int
-    count: int
+    length: int
     size: int
 
 
@@ -170,10 +170,10 @@ class Generator:
         for piece in self._pieces(len(tokens), parse_mode(mode)):
             out, cache = self._prefill_all(self.params, *self._chunk(tokens, piece, cache))
             if not mtp:
-                main.append(np.asarray(out.logits[0, : piece.count]))
+                main.append(np.asarray(out.logits[0, : piece.length]))
                 continue
             # the last token has no successor to draft with
-            count = min(piece.count, len(tokens) - 1 - piece.start)
+            count = min(piece.length, len(tokens) - 1 - piece.start)
             following = _padded(tokens[piece.start + 1 :][:count], piece.size)
             out, cache = self._draft(
                 self.params, out.streams_BTMD, following, cache, jnp.array([count], jnp.int32)
@@ -191,8 +191,8 @@ class Generator:
 
     @staticmethod
     def _chunk(tokens: list[int], piece: Piece, cache: Cache):
-        part = _padded(tokens[piece.start : piece.start + piece.count], piece.size)
-        return part, cache, jnp.array([piece.count], jnp.int32)
+        part = _padded(tokens[piece.start : piece.start + piece.length], piece.size)
+        return part, cache, jnp.array([piece.length], jnp.int32)
 
     def _check(self, tokens: Sequence[int]) -> None:
         if not tokens:

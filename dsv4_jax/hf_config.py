@@ -1,4 +1,4 @@
-"""`config.json` of a checkpoint, in the official and in transformers' spelling, to ModelConfig and back."""
+"""`config.json` in the official and in transformers' spelling, to ModelConfig and back."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ static and the cache donated.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -84,9 +85,9 @@ def prefill(
         h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state)
         new_groups.append(state)
     kept = h_BTMD if all_logits else last_of(h_BTMD, count_B)
-    y = HyperHead(cfg, num).apply({"params": top["hc_head"]}, kept)
+    y: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, kept)
     logits = output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
-    cache = cache.replace(pos_B=cache.pos_B + count_B, groups=new_groups)
+    cache = dataclasses.replace(cache, pos_B=cache.pos_B + count_B, groups=new_groups)
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
 
 
@@ -123,12 +124,15 @@ def draft(
         count_B = jnp.full(next_BT.shape[0], next_BT.shape[1], jnp.int32)
     chunk = _chunk(cfg, cache.mtp_pos_B, count_B, next_BT)
     embedded_BTD = num.cast(params["top"]["embed"][next_BT])
-    y_BTD, h_BTMD, state = MTPBlock(cfg, num).apply(
-        {"params": params["mtp"][0]}, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], jnp.int32(0)
+    weights, index = {"params": params["mtp"][0]}, jnp.int32(0)
+    out: Any = MTPBlock(cfg, num).apply(
+        weights, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], index
     )
+    y_BTD, h_BTMD, state = out
     kept = y_BTD if all_logits else last_of(y_BTD, count_B)
     logits = output_head(kept, params["top"]["head"])
-    cache = cache.replace(mtp_pos_B=cache.mtp_pos_B + count_B, mtp=[state, *cache.mtp[1:]])
+    mtp_pos_B = cache.mtp_pos_B + count_B
+    cache = dataclasses.replace(cache, mtp_pos_B=mtp_pos_B, mtp=[state, *cache.mtp[1:]])
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
 
 

@@ -85,8 +85,10 @@ def routed_sum(
     safe_Y = jnp.minimum(owner_Y, num_experts - 1)
     slot_Y = first_tile_E[safe_Y] * tile + rank_Y - first_row_E[safe_Y]
     slot_Y = jnp.where(owner_Y < num_experts, slot_Y, capacity)  # padding goes nowhere
-    source_slot = jnp.zeros(capacity, jnp.int32).at[slot_Y].set(
-        jnp.arange(rows, dtype=jnp.int32), mode="drop"
+    source_slot = (
+        jnp.zeros(capacity, jnp.int32)
+        .at[slot_Y]
+        .set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
     )
     last_tile_E = jnp.cumsum(tiles_E)
 

@@ -107,7 +107,7 @@ def compressor_specs(cfg: ModelConfig, ratio: int, row_dim: int) -> Tree:
 
 def attention_specs(cfg: ModelConfig, ratio: int) -> Tree:
     """Attention of one layer; the compress ratio decides which branches exist."""
-    tree = {
+    tree: Tree = {
         "wq_a": _p(cfg, "QD", role="dense"),
         "q_norm": _p(cfg, "Q", init="ones"),
         "wq_b": _p(cfg, "xQ", role="dense"),

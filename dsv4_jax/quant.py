@@ -1,10 +1,12 @@
 """Low-precision numbers: power-of-two scales, FP8 and FP4 rounding, quantised weights.
 
-Rules are those of the official inference kernels: a scale is 2^ceil(log2(amax / largest)) taken from
-the bit pattern, codes round to nearest with ties to even.
+Rules are those of the official inference kernels: a scale is 2^ceil(log2(amax / largest)) taken
+from the bit pattern, codes round to nearest with ties to even.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,6 @@ def quantize_weight(values: Array, fmt: str, scale_dtype: jnp.dtype) -> Quantize
     return QuantizedArray(codes, scale[..., :, 0, :, 0].astype(scale_dtype), fmt)
 
 
-def index_expert(weight: Array | QuantizedArray, index: Array) -> Array | QuantizedArray:
-    """Entry `index` of a weight stacked along its first dimension, still quantised."""
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), weight)
+def index_expert(weights: Any, index: Array) -> Any:
+    """Entry `index` of weights stacked along their first dimension, still quantised."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), weights)

@@ -1,8 +1,8 @@
 """Runs a converted checkpoint on text, a chat, or token ids.
 
-    python scripts/generate.py --checkpoint DIR --prompt "What is 2+2?"
-    python scripts/generate.py --checkpoint DIR --chat messages.json --thinking high
-    python scripts/generate.py --checkpoint DIR --tokens ids.json --logits-out logits.npz
+python scripts/generate.py --checkpoint DIR --prompt "What is 2+2?"
+python scripts/generate.py --checkpoint DIR --chat messages.json --thinking high
+python scripts/generate.py --checkpoint DIR --tokens ids.json --logits-out logits.npz
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
     text.add_argument("--top-p", type=float, default=1.0, metavar="P")
     text.add_argument("--seed", type=int, default=None, metavar="S")
-    text.add_argument("--thinking", choices=["chat", "high", "max"], default="chat", help="reasoning mode")
+    text.add_argument(
+        "--thinking", choices=["chat", "high", "max"], default="chat", help="reasoning mode"
+    )
     check = ap.add_argument_group("checks (with --tokens)")
     check.add_argument("--logits-out", metavar="FILE.npz", help="write logits_0, logits_1, …")
     check.add_argument("--mtp-logits-out", metavar="FILE.npz", help="the same of the MTP head")
@@ -90,14 +92,13 @@ def check_tokens(args: argparse.Namespace) -> None:
     generate = args.greedy_out or not (args.logits_out or args.mtp_logits_out)
     new = args.max_tokens if generate else 0
     generator = load(args, max(map(len, rows)) + new)
-    if args.logits_out:
-        found = {f"logits_{i}": generator.logits(r, args.logits_mode) for i, r in enumerate(rows)}
-        np.savez(args.logits_out, **found)
-    if args.mtp_logits_out:
-        found = {
-            f"logits_{i}": generator.mtp_logits(r, args.logits_mode) for i, r in enumerate(rows)
-        }
-        np.savez(args.mtp_logits_out, **found)
+    files = ((args.logits_out, generator.logits), (args.mtp_logits_out, generator.mtp_logits))
+    for path, compute in files:
+        if path:
+            found: dict[str, Any] = {
+                f"logits_{i}": compute(row, args.logits_mode) for i, row in enumerate(rows)
+            }
+            np.savez(path, **found)
     if args.greedy_out:
         greedy = [generator.greedy(row, args.max_tokens) for row in rows]
         Path(args.greedy_out).write_text(json.dumps(greedy))
