@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from checkpoints.convert import convert  # late: --help and usage errors answer at once
     from checkpoints.progress import Progress
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are ours
     try:
         with Progress("convert") as progress:
             manifest = convert(

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from checkpoints.export import export  # late: --help and usage errors answer at once
     from checkpoints.progress import Progress
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are ours
     try:
         with Progress("export") as progress:
             shards = export(args.src, args.dst, args.format, args.overwrite, progress)

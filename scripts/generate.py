@@ -98,7 +98,8 @@ def check_tokens(args: argparse.Namespace) -> None:
             found: dict[str, Any] = {
                 f"logits_{i}": compute(row, args.logits_mode) for i, row in enumerate(rows)
             }
-            np.savez(path, **found)
+            with open(path, "wb") as file:  # a name would gain a suffix
+                np.savez(file, **found)
     if args.greedy_out:
         greedy = [generator.greedy(row, args.max_tokens) for row in rows]
         Path(args.greedy_out).write_text(json.dumps(greedy))

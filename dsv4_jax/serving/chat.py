@@ -33,6 +33,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
     )
     name = service.model_name(ask.model)
+    service.thread.check_room()  # before the work of tokenising
     async with service.planning:
         plan = await asyncio.to_thread(loaded.planner.plan, ask)
     request_id = request.scope["dsv4.request_id"]

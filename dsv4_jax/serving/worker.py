@@ -89,8 +89,8 @@ class ModelThread(Generic[T]):
         self._stopping = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    def admit(self, work: "Work[T]") -> Job[T]:
-        """Queues `work`. Cancel the job unless all its items were taken.
+    def check_room(self) -> None:
+        """Does nothing if `admit` would take work now.
 
         Raises:
             ApiError: 429, the queue is full; 503, the server is shutting down.
@@ -99,6 +99,14 @@ class ModelThread(Generic[T]):
             raise not_ready("draining")
         if self.admitted > self.max_waiting:
             raise queue_full(self.retry_after_s)
+
+    def admit(self, work: "Work[T]") -> Job[T]:
+        """Queues `work`. Cancel the job unless all its items were taken.
+
+        Raises:
+            ApiError: as `check_room`.
+        """
+        self.check_room()
         self.admitted += 1
         job = Job(work, self._stopping)
         job.submit(self._executor, then=self._release)

@@ -14,6 +14,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from checkpoints.manifest import load_config
+from checkpoints.names import official_tensors
+from checkpoints.store import load_unit_numpy
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.params import unit_specs
+
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "tiny_v4"
 INSTRUCT, BASE = DATA / "checkpoint", DATA / "checkpoint_base"
@@ -157,6 +163,54 @@ def to_fp8_variant(raw: Raw) -> Raw:
         result.put(name, "F8_E4M3", codes)
         result.put(scale_name, "F8_E8M0", new.astype(np.float32).astype(NUMPY["F8_E8M0"]))
     return result
+
+
+def check_digest(name: str, array: np.ndarray, wanted: dict, rtol: float = 1e-12) -> None:
+    """Compares values with a fixture digest: sums and exact values at some positions."""
+    flat = array.reshape(-1)
+    weights = (7919 * np.arange(flat.size) % 101) - 50
+    assert list(array.shape) == wanted["shape"], name
+    sums = [flat.sum(), np.abs(flat).sum(), (flat * weights).sum()]
+    expected = [wanted[key] for key in ("sum", "abs_sum", "mix")]
+    assert np.allclose(sums, expected, rtol=0, atol=50 * rtol * wanted["abs_sum"]), name
+    for position, value in wanted["probe"].items():
+        assert abs(flat[int(position)] - value) <= rtol * abs(value), (name, position)
+
+
+def stored_arrays(root: Path) -> dict[tuple[str, str], bytes]:
+    """Every array of a converted checkpoint as bytes, by unit and leaf path."""
+    cfg = load_config(root)
+    return {
+        (unit, leaf): array.tobytes()
+        for unit in unit_specs(cfg)
+        for leaf, array in load_unit_numpy(root, unit, cfg).items()
+    }
+
+
+def write_synthetic(root: Path, cfg: ModelConfig, seed: int = 0) -> Path:
+    """An official directory of any size with random codes, written shard by shard."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True)
+    weight_map = {}
+    groups: dict[str, list] = {}
+    for entry in official_tensors(cfg):
+        groups.setdefault(entry.unit, []).append(entry)
+    for unit, entries in groups.items():
+        tensors = {}
+        for entry in entries:
+            low, high = {"F8_E8M0": (118, 124), "F8_E4M3": (0, 120)}.get(entry.dtype, (0, 256))
+            if entry.dtype in ("F32", "BF16"):
+                array = np.zeros(entry.shape, NUMPY[entry.dtype])
+            else:
+                array = rng.integers(low, high, entry.nbytes, dtype=np.uint8)
+                array = array.view(NUMPY[entry.dtype]).reshape(entry.shape)
+            tensors[entry.name] = (entry.dtype, array)
+            weight_map[entry.name] = f"{unit}.safetensors"
+        write_shard(root / f"{unit}.safetensors", tensors)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "config.json").write_text(json.dumps(cfg.to_hf()))
+    return root
 
 
 def run_script(name: str, *args: object, timeout: int = 120) -> subprocess.CompletedProcess[str]:

@@ -84,3 +84,20 @@ def check_answers(url: str) -> None:
         assert content == whole.choices[0].message.content
         with pytest.raises(openai.BadRequestError, match="512 tokens"):
             client.chat.completions.create(**{**ask, "max_tokens": 512})
+
+
+@pytest.mark.slow
+def test_stopping_while_it_compiles_is_clean():
+    command = [sys.executable, "scripts/serve.py", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None and server.stderr is not None
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if line.startswith("compiling"):
+                server.send_signal(signal.SIGTERM)
+        errors = server.stderr.read()
+    assert (server.returncode, errors) == (0, "")
+    assert lines[-1] == "stopped\n"
