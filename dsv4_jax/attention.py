@@ -73,7 +73,8 @@ class Attention(nn.Module):
             weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         rows = round_rows(new.rows_BCH, cfg, self.num)
-        cache["rows"] = store.write_rows(cache["rows"], index, new.first_B, new.count_B, rows)
+        place = chunk.place(index)
+        cache["rows"] = store.write_rows(cache["rows"], place, new.first_B, new.count_B, rows)
 
     def _compress_keys(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
@@ -84,7 +85,8 @@ class Attention(nn.Module):
             weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         keys = round_index(new.rows_BCH, self.num)
-        cache["keys"] = store.write_rows(cache["keys"], index, new.first_B, new.count_B, keys)
+        place = chunk.place(index)
+        cache["keys"] = store.write_rows(cache["keys"], place, new.first_B, new.count_B, keys)
 
     def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]
@@ -140,9 +142,9 @@ def _extend_window(
 ) -> tuple[Array, store.Rows]:
     """The window in front of the chunk followed by the chunk's rows, and the advanced ring."""
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
-    history = store.ring_history(ring, index, chunk.pos_B, length, num.jnp_dtype)
+    history = store.ring_history(ring, chunk.place(index), chunk.pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, index, chunk.pos_B, chunk.count_B, recent_BSH, fresh)
+    ring = store.ring_write(ring, chunk.place(index), chunk.pos_B, chunk.count_B, recent_BSH, fresh)
     return recent_BSH, ring
 
 
@@ -215,12 +217,12 @@ def _attend_tile(
         steps = (begin + jnp.arange(tile))[None]
         visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
         visible_BT = jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
-        rows = cache["rows"]
+        rows, place = cache["rows"], chunk.place(index)
         if query is None:
-            state = _absorb_visible(state, q_BTNH, rows, index, visible_BT, None, num)
+            state = _absorb_visible(state, q_BTNH, rows, place, visible_BT, None, num)
         else:
             state = _absorb_selected(
-                state, q_BTNH, rows, cache["keys"], index, query, visible_BT, cfg, num
+                state, q_BTNH, rows, cache["keys"], place, query, visible_BT, cfg, num
             )
     return attend.finish(state, sink_N, num)
 
@@ -229,20 +231,20 @@ def _absorb_visible(
     state: attend.SoftmaxState,
     q_BTNH: Array,
     rows: store.Rows,
-    index: Array,
+    place: store.Place,
     visible_BT: Array,
     mask_BTC: Array | None,
     num: Numerics,
 ) -> attend.SoftmaxState:
     """All compressed rows below `visible_BT` (and in the mask, if any), tile by tile."""
-    tile = min(store.num_rows(rows), store.ROW_TILE)
+    tile = store.tile_rows(rows, place)
 
     def body(step: Array, state: attend.SoftmaxState) -> attend.SoftmaxState:
         begin = step * tile
         mask = (begin + jnp.arange(tile))[None, None] < visible_BT[..., None]
         if mask_BTC is not None:
             mask &= lax.dynamic_slice_in_dim(mask_BTC, begin, tile, axis=2)
-        rows_BSH = store.read_tile(rows, index, begin, tile, num.jnp_dtype)
+        rows_BSH = store.read_tile(rows, place, begin, tile, num.jnp_dtype)
         return attend.absorb(state, q_BTNH, rows_BSH, mask, num)
 
     return lax.fori_loop(0, (visible_BT.max() + tile - 1) // tile, body, state)
@@ -253,31 +255,31 @@ def _absorb_selected(
     q_BTNH: Array,
     rows: store.Rows,
     keys: store.Rows,
-    index: Array,
+    place: store.Place,
     query: indexer.IndexQuery,
     visible_BT: Array,
     cfg: ModelConfig,
     num: Numerics,
 ) -> attend.SoftmaxState:
     """The rows the indexer keeps: all of them while they are few, else masked, else gathered."""
-    keep, capacity = cfg.index_topk, store.num_rows(rows)
+    keep, capacity = cfg.index_topk, store.row_room(rows, place)
     longest = visible_BT.max()
 
     def everything(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        return _absorb_visible(state, q_BTNH, rows, index, visible_BT, None, num)
+        return _absorb_visible(state, q_BTNH, rows, place, visible_BT, None, num)
 
     if capacity <= keep:
         return everything(state)
 
     def masked(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        scores = indexer.score_rows(query, keys, index, visible_BT, num)
+        scores = indexer.score_rows(query, keys, place, visible_BT, num)
         mask = indexer.selection_mask(scores, keep)
-        return _absorb_visible(state, q_BTNH, rows, index, visible_BT, mask, num)
+        return _absorb_visible(state, q_BTNH, rows, place, visible_BT, mask, num)
 
     def gathered(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        scores = indexer.score_rows(query, keys, index, visible_BT, num)
+        scores = indexer.score_rows(query, keys, place, visible_BT, num)
         chosen = indexer.select(scores, keep)
-        rows_BTKH = store.gather_rows(rows, index, chosen.rows_BTK, num.jnp_dtype)
+        rows_BTKH = store.gather_rows(rows, place, chosen.rows_BTK, num.jnp_dtype)
         return attend.absorb(state, q_BTNH, rows_BTKH, chosen.valid_BTK, num)
 
     def sparse(state: attend.SoftmaxState) -> attend.SoftmaxState:

@@ -13,7 +13,9 @@ integers in place, while some would widen a whole cache of small floats to write
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +71,16 @@ class Cache:
 
     pos_B: tokens seen so far, int32. groups: per layer group and pattern offset a `LayerCache`.
     mtp: one `LayerCache` per MTP block, with its own count of rows `mtp_pos_B`.
+    slots_B, table_BP: which ring slots and pages the sequences use (see `Place`); None where the
+    arrays belong to these sequences alone.
     """
 
     pos_B: Array
     groups: list[list[LayerCache]]
     mtp_pos_B: Array
     mtp: list[LayerCache]
+    slots_B: Array | None = None
+    table_BP: Array | None = None
 
 
 def init_cache(
@@ -88,18 +94,34 @@ def init_cache(
     if not 1 <= max_len <= cfg.max_len:
         raise ValueError(f"max_len={max_len} must lie between 1 and the model's {cfg.max_len}")
 
-    def layer(ratio: int, repeats: int) -> LayerCache:
-        return _init_layer(cfg, ratio, (repeats, batch), max_len, num)
+    def rows_of(ratio: int) -> tuple[int, int]:
+        return batch, row_capacity(max_len, ratio)
 
-    return Cache(
-        pos_B=jnp.zeros(batch, jnp.int32),
-        groups=[
-            [layer(kind.ratio, group.repeats) for kind in group.kinds]
-            for group in layer_groups(cfg, scan)
-        ],
-        mtp_pos_B=jnp.zeros(batch, jnp.int32),
-        mtp=[layer(0, 1) for _ in range(cfg.num_mtp_layers)],
-    )
+    return _init(cfg, batch, rows_of, num, scan)
+
+
+def init_paged_cache(
+    cfg: ModelConfig, slots: int, pages: int, page_tokens: int, num: Numerics, scan: bool = True
+) -> Cache:
+    """Shared state of a serving engine: ring slots, and a pool of pages of compressed rows.
+
+    Callers set `pos_B`, `slots_B` and `table_BP` of the sequences of each step.
+
+    Raises:
+        ValueError: `page_tokens` is no multiple of every compress ratio.
+    """
+    if page_tokens % page_unit(cfg):
+        raise ValueError(f"page_tokens={page_tokens} must be a multiple of {page_unit(cfg)}")
+
+    def rows_of(ratio: int) -> tuple[int, int]:
+        return pages, page_tokens // ratio
+
+    return _init(cfg, slots, rows_of, num, scan)
+
+
+def page_unit(cfg: ModelConfig) -> int:
+    """Smallest page in tokens: the least common multiple of the compress ratios."""
+    return math.lcm(*(ratio for ratio in cfg.compress_ratios if ratio))
 
 
 def row_capacity(max_len: int, ratio: int) -> int:
@@ -108,17 +130,32 @@ def row_capacity(max_len: int, ratio: int) -> int:
     return -(-rows // ROW_TILE) * ROW_TILE if rows > ROW_TILE else rows
 
 
-def _init_layer(
-    cfg: ModelConfig, ratio: int, lead: tuple[int, int], max_len: int, num: Numerics
-) -> LayerCache:
-    cache: LayerCache = {"window": _empty_rows(cfg, (*lead, cfg.window), num)}
-    if ratio:
-        cache["rows"] = _empty_rows(cfg, (*lead, row_capacity(max_len, ratio)), num)
-        cache["ring"] = _empty_ring(lead, ratio, cfg.head_dim)
-    if ratio == CSA:
-        cache["keys"] = _empty_keys(cfg, (*lead, row_capacity(max_len, ratio)), num)
-        cache["key_ring"] = _empty_ring(lead, ratio, cfg.index_dim)
-    return cache
+def _init(
+    cfg: ModelConfig,
+    slots: int,
+    rows_of: Callable[[int], tuple[int, int]],
+    num: Numerics,
+    scan: bool,
+) -> Cache:
+    def layer(ratio: int, repeats: int) -> LayerCache:
+        cache: LayerCache = {"window": _empty_rows(cfg, (repeats, slots, cfg.window), num)}
+        if ratio:
+            cache["rows"] = _empty_rows(cfg, (repeats, *rows_of(ratio)), num)
+            cache["ring"] = _empty_ring((repeats, slots), ratio, cfg.head_dim)
+        if ratio == CSA:
+            cache["keys"] = _empty_keys(cfg, (repeats, *rows_of(ratio)), num)
+            cache["key_ring"] = _empty_ring((repeats, slots), ratio, cfg.index_dim)
+        return cache
+
+    return Cache(
+        pos_B=jnp.zeros(slots, jnp.int32),
+        groups=[
+            [layer(kind.ratio, group.repeats) for kind in group.kinds]
+            for group in layer_groups(cfg, scan)
+        ],
+        mtp_pos_B=jnp.zeros(slots, jnp.int32),
+        mtp=[layer(0, 1) for _ in range(cfg.num_mtp_layers)],
+    )
 
 
 def _empty_ring(lead: tuple[int, int], ratio: int, row_dim: int) -> dict[str, Array]:
@@ -185,65 +222,116 @@ def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
     return (_floats(rows, "bfloat16") if rows.dtype == jnp.uint16 else rows).astype(dtype)
 
 
+class Place(NamedTuple):
+    """Where a batch of sequences lives inside the arrays of a layer group.
+
+    layer: entry along the leading dimension. slots_B: the ring slot of each sequence;
+    None: sequence b has slot b. table_BP: the pages of each sequence's compressed rows, in order;
+    None: rows are not paged, sequence b owns row store b.
+    """
+
+    layer: Array
+    slots_B: Array | None = None
+    table_BP: Array | None = None
+
+    def slots(self, batch: int) -> Array:
+        return jnp.arange(batch) if self.slots_B is None else self.slots_B
+
+
 def num_rows(rows: Rows) -> int:
-    """Capacity of a store of rows `[n, B, capacity, ...]`."""
+    """Entries along the third dimension: ring length, rows of a store, or rows of a page."""
     return jax.tree.leaves(rows)[0].shape[2]
 
 
-def read_tile(rows: Rows, index: Array, start: Array, size: int, dtype: jnp.dtype) -> Array:
-    """Rows [start, start+size) of every sequence: `[B, size, H]`."""
-
-    def cut(a: Array) -> Array:
-        begin = (index, 0, start, 0)
-        return lax.dynamic_slice(a, begin, (1, a.shape[1], size, a.shape[3]))[0]
-
-    return unpack(jax.tree.map(cut, rows), dtype)
+def row_room(rows: Rows, place: Place) -> int:
+    """Compressed rows that a sequence can hold."""
+    pages = 1 if place.table_BP is None else place.table_BP.shape[1]
+    return pages * num_rows(rows)
 
 
-def gather_rows(rows: Rows, index: Array, slots: Array, dtype: jnp.dtype) -> Array:
-    """Rows at `slots` `[B, ...]` of each sequence: `[B, ..., H]`."""
-    batch = jnp.arange(slots.shape[0]).reshape((-1,) + (1,) * (slots.ndim - 1))
-    return unpack(jax.tree.map(lambda a: a[index, batch, slots], rows), dtype)
+def tile_rows(rows: Rows, place: Place) -> int:
+    """Rows that one step of a loop over compressed rows reads: whole pages where paged."""
+    room = row_room(rows, place)
+    if place.table_BP is None:
+        return min(room, ROW_TILE)
+    return min(room, max(ROW_TILE // num_rows(rows), 1) * num_rows(rows))
 
 
-def write_rows(rows: Rows, index: Array, first_B: Array, count_B: Array, new_BTH: Array) -> Rows:
+def read_tile(rows: Rows, place: Place, start: Array, size: int, dtype: jnp.dtype) -> Array:
+    """Rows [start, start+size) of every sequence: `[B, size, H]`; a whole tile of `tile_rows`.
+
+    Rows past a sequence's room hold garbage; callers mask them.
+    """
+    if place.table_BP is None:
+
+        def cut(a: Array) -> Array:
+            begin = (place.layer, 0, start, 0)
+            return lax.dynamic_slice(a, begin, (1, a.shape[1], size, a.shape[3]))[0]
+
+        return unpack(jax.tree.map(cut, rows), dtype)
+    count = size // num_rows(rows)
+    table = jnp.pad(place.table_BP, ((0, 0), (0, -place.table_BP.shape[1] % count)))
+    pages = lax.dynamic_slice_in_dim(table, start // num_rows(rows), count, axis=1)
+
+    def fetch(a: Array) -> Array:
+        return a[place.layer, pages].reshape(len(pages), size, a.shape[3])
+
+    return unpack(jax.tree.map(fetch, rows), dtype)
+
+
+def gather_rows(rows: Rows, place: Place, which: Array, dtype: jnp.dtype) -> Array:
+    """Compressed rows number `which` `[B, ...]` of each sequence: `[B, ..., H]`."""
+    owner, entry = _locate(rows, place, which)
+    return unpack(jax.tree.map(lambda a: a[place.layer, owner, entry], rows), dtype)
+
+
+def write_rows(rows: Rows, place: Place, first_B: Array, count_B: Array, new_BTH: Array) -> Rows:
     """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …"""
     steps = jnp.arange(new_BTH.shape[1])[None]
-    slots = jnp.where(steps < count_B[:, None], first_B[:, None] + steps, num_rows(rows))
-    batch = jnp.arange(len(first_B))[:, None]
+    owner, entry = _locate(rows, place, first_B[:, None] + steps)
+    entry = jnp.where(steps < count_B[:, None], entry, num_rows(rows))  # out of range: dropped
 
     def put(a: Array, new: Array) -> Array:
-        return a.at[index, batch, slots].set(new, mode="drop")
+        return a.at[place.layer, owner, entry].set(new, mode="drop")
 
     return jax.tree.map(put, rows, pack(rows, new_BTH))
 
 
-def ring_history(ring: Rows, index: Array, pos_B: Array, count: int, dtype: jnp.dtype) -> Array:
+def _locate(rows: Rows, place: Place, which: Array) -> tuple[Array, Array]:
+    """Second and third index of compressed rows: (sequence, row), or (page, row of the page)."""
+    if place.table_BP is None:
+        return jnp.arange(len(which)).reshape((-1,) + (1,) * (which.ndim - 1)), which
+    page, entry = which // num_rows(rows), which % num_rows(rows)
+    flat = jnp.clip(page, 0, place.table_BP.shape[1] - 1).reshape(len(which), -1)
+    return jnp.take_along_axis(place.table_BP, flat, axis=1).reshape(which.shape), entry
+
+
+def ring_history(ring: Rows, place: Place, pos_B: Array, count: int, dtype: jnp.dtype) -> Array:
     """The `count` entries in front of position `pos_B`, oldest first: `[B, count, H]`.
 
     Entries of negative positions hold garbage; callers mask them.
     """
-    slots = (pos_B[:, None] + jnp.arange(-count, 0)[None]) % num_rows(ring)
-    return gather_rows(ring, index, slots, dtype)
+    entries = (pos_B[:, None] + jnp.arange(-count, 0)[None]) % num_rows(ring)
+    slots = place.slots(len(pos_B))[:, None]
+    return unpack(jax.tree.map(lambda a: a[place.layer, slots, entries], ring), dtype)
 
 
 def ring_write(
-    ring: Rows, index: Array, pos_B: Array, count_B: Array, recent: Array, fresh: int
+    ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: Array, fresh: int
 ) -> Rows:
     """Advances a ring by the `count_B` first of `fresh` new entries.
 
     `recent` `[B, ring length + fresh, H]` is the history in front of `pos_B`, then the new entries.
     """
-    length = num_rows(ring)
+    length, slots = num_rows(ring), place.slots(len(pos_B))
     if fresh == 1:
-        slot_B = jnp.where(count_B > 0, pos_B % length, length)
+        entry_B = jnp.where(count_B > 0, pos_B % length, length)
         new = pack(ring, recent[:, -1])
-        batch = jnp.arange(len(pos_B))
-        return jax.tree.map(lambda a, x: a.at[index, batch, slot_B].set(x, mode="drop"), ring, new)
+        return jax.tree.map(
+            lambda a, x: a.at[place.layer, slots, entry_B].set(x, mode="drop"), ring, new
+        )
     last_B1 = (pos_B + count_B - 1)[:, None]
-    newest = last_B1 - (last_B1 - jnp.arange(length)[None]) % length  # newest position of each slot
+    newest = last_B1 - (last_B1 - jnp.arange(length)[None]) % length  # newest position of each
     source = newest - pos_B[:, None] + length
     new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
-    return jax.tree.map(
-        lambda a, x: lax.dynamic_update_index_in_dim(a, x.astype(a.dtype), index, 0), ring, new
-    )
+    return jax.tree.map(lambda a, x: a.at[place.layer, slots].set(x), ring, new)

@@ -20,6 +20,7 @@ class Chunk(NamedTuple):
 
     pos_B: position of the first one. count_B: how many are real; the rest is padding.
     rope: rotations at the tokens' positions `[B, T, R/2]`, for window-only and compressed layers.
+    slots_B, table_BP: as in `cache.Place`.
     """
 
     pos_B: Array
@@ -27,6 +28,12 @@ class Chunk(NamedTuple):
     tokens_BT: Array
     rope_window: Rotation
     rope_rows: Rotation
+    slots_B: Array | None = None
+    table_BP: Array | None = None
+
+    def place(self, index: Array) -> store.Place:
+        """Where these sequences live in the caches of layer `index` of a group."""
+        return store.Place(index, self.slots_B, self.table_BP)
 
 
 class NewRows(NamedTuple):
@@ -64,9 +71,11 @@ def compress(
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
 
+    place = chunk.place(index)
+
     def extend(old: store.Rows, new: Array) -> Array:
         length = store.num_rows(old)
-        history = store.ring_history(old, index, chunk.pos_B, length, jnp.dtype("float32"))
+        history = store.ring_history(old, place, chunk.pos_B, length, jnp.dtype("float32"))
         return jnp.concatenate([history, new], axis=1)
 
     recent = {
@@ -74,7 +83,7 @@ def compress(
         "scores": extend(ring["scores"], scores_BTd),
     }
     ring = {
-        name: store.ring_write(ring[name], index, chunk.pos_B, chunk.count_B, recent[name], fresh)
+        name: store.ring_write(ring[name], place, chunk.pos_B, chunk.count_B, recent[name], fresh)
         for name in ring
     }
     first_B = chunk.pos_B // ratio

@@ -34,16 +34,16 @@ def score_tile(query: IndexQuery, keys_BSJ: Array, num: Numerics) -> Array:
 
 
 def score_rows(
-    query: IndexQuery, keys: store.Rows, index: Array, visible_BT: Array, num: Numerics
+    query: IndexQuery, keys: store.Rows, place: store.Place, visible_BT: Array, num: Numerics
 ) -> Array:
     """Scores of all rows `[B, T, C]`, -inf from `visible_BT` on. Reads only what is visible."""
     batch, fresh = visible_BT.shape
-    capacity = store.num_rows(keys)
-    tile = min(capacity, store.ROW_TILE)
+    tile = store.tile_rows(keys, place)
+    capacity = -(-store.row_room(keys, place) // tile) * tile
 
     def body(step: Array, scores: Array) -> Array:
         start = step * tile
-        keys_BSJ = store.read_tile(keys, index, start, tile, num.jnp_dtype)
+        keys_BSJ = store.read_tile(keys, place, start, tile, num.jnp_dtype)
         part = score_tile(query, keys_BSJ, num)
         hidden = (start + jnp.arange(tile))[None, None] >= visible_BT[..., None]
         return lax.dynamic_update_slice(scores, jnp.where(hidden, -jnp.inf, part), (0, 0, start))

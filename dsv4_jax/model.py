@@ -75,7 +75,7 @@ def prefill(
     """
     if count_B is None:
         count_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
-    chunk = _chunk(cfg, cache.pos_B, count_B, tokens_BT)
+    chunk = _chunk(cfg, cache, cache.pos_B, count_B, tokens_BT)
     top = params["top"]
     x_BTD = num.cast(top["embed"][tokens_BT])
     h_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.dim))
@@ -122,7 +122,7 @@ def draft(
         raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers is 0)")
     if count_B is None:
         count_B = jnp.full(next_BT.shape[0], next_BT.shape[1], jnp.int32)
-    chunk = _chunk(cfg, cache.mtp_pos_B, count_B, next_BT)
+    chunk = _chunk(cfg, cache, cache.mtp_pos_B, count_B, next_BT)
     embedded_BTD = num.cast(params["top"]["embed"][next_BT])
     weights, index = {"params": params["mtp"][0]}, jnp.int32(0)
     out: Any = MTPBlock(cfg, num).apply(
@@ -156,7 +156,7 @@ def last_of(x: Array, count_B: Array) -> Array:
     return jnp.take_along_axis(x, at, axis=1)
 
 
-def _chunk(cfg: ModelConfig, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
+def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
     positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     return Chunk(
         pos_B,
@@ -164,6 +164,8 @@ def _chunk(cfg: ModelConfig, pos_B: Array, count_B: Array, tokens_BT: Array) -> 
         tokens_BT,
         rotation(frequencies(cfg, compressed=False), positions_BT),
         rotation(frequencies(cfg, compressed=True), positions_BT),
+        cache.slots_B,
+        cache.table_BP,
     )
 
 
