@@ -29,6 +29,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.params import unit_specs
 
 EXPERT_MODES = ("keep", "fp8", "bf16")
+UNIT_OVERHEAD = 256 << 10  # bytes of metadata and partly filled blocks beside a unit's arrays
 Leaves = dict[str, dict[str, Leaf]]
 
 
@@ -173,7 +174,7 @@ def _convert_units(job: Job, finished: list[str], workers: int, progress: Progre
     """Converts the units that are not finished; returns the leaves of all, in unit order."""
     sizes = {unit: job.unit_bytes(unit) for unit in job.entries}
     todo = [unit for unit in job.entries if unit not in finished]
-    files.check_space(job.dst, sum(sizes[unit] for unit in todo))
+    files.check_space(job.dst, sum(sizes[unit] + UNIT_OVERHEAD for unit in todo))
     if finished:
         progress.note(f"continuing: {len(finished)} of {len(sizes)} units are done")
     progress.start(sum(sizes.values()), sum(sizes[unit] for unit in finished))

@@ -31,7 +31,7 @@ def write_failure(what: str, error: Exception) -> CheckpointError | None:
     if code == errno.ENOSPC or "No space left on device" in text:
         return CheckpointError(
             f"no space left on the device while writing {what}: free some space and run the same "
-            "command again; finished parts are kept"
+            "command again"
         )
     if code == errno.EDQUOT or "Disk quota exceeded" in text:
         return CheckpointError(f"disk quota exceeded while writing {what}")

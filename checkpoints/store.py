@@ -7,6 +7,7 @@ chunks its devices hold.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from checkpoints.errors import CheckpointError, listing, writing
 from checkpoints.files import write_json
 from checkpoints.manifest import (
+    MANIFEST_NAME,
     PARAMS_FOLDER,
+    Leaf,
     Manifest,
     describe,
     load_config,
@@ -162,7 +165,15 @@ def check_stored(leaves: dict[str, Any], unit: str, cfg: ModelConfig) -> None:
     Raises:
         CheckpointError: lists every missing, unexpected, wrong-shape and wrong-dtype array.
     """
-    structs = leaf_structs(cfg, _specs_of(unit, cfg))
+    _compare(leaves, unit, leaf_structs(cfg, _specs_of(unit, cfg)))
+
+
+@functools.lru_cache(maxsize=4)
+def _recorded(root: Path, _changed_ns: int) -> dict[str, dict[str, Leaf]]:
+    return read_manifest(root).units
+
+
+def _compare(leaves: dict[str, Any], unit: str, structs: dict[str, Any]) -> None:
     problems = [f"missing: {leaf}" for leaf in structs if leaf not in leaves]
     problems += [f"unexpected: {leaf}" for leaf in leaves if leaf not in structs]
     for leaf, struct in structs.items():
@@ -190,6 +201,10 @@ def _restore(
     root: Path, unit: str, structs: dict[str, Any], args: dict[str, Any]
 ) -> dict[str, Any]:
     folder = unit_path(root, unit)
+    manifest = root / MANIFEST_NAME
+    if manifest.is_file():  # written last, so units are also read without one
+        recorded = _recorded(root, manifest.stat().st_mtime_ns).get(unit, {})
+        _compare(recorded, unit, structs)
     if not folder.is_dir():
         read_manifest(root)  # says what is wrong when this is no complete checkpoint
         raise CheckpointError(f"{folder} is missing: the checkpoint is damaged, convert it again")

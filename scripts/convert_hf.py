@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from checkpoints.progress import Progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,30 +50,23 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator
-    from checkpoints.convert import convert  # late: --help and usage errors answer at once
-    from checkpoints.progress import Progress
+    from checkpoints.command import run  # late: --help and usage errors answer at once
+    from checkpoints.convert import convert
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are ours
-    try:
-        with Progress("convert") as progress:
-            manifest = convert(
-                args.src,
-                args.dst,
-                experts=args.experts,
-                workers=args.workers,
-                verify=args.verify,
-                overwrite=args.overwrite,
-                progress=progress,
-            )
-    except (ValueError, OSError) as error:
-        print(f"convert_hf.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_hf.py: interrupted; run the same command to continue", file=sys.stderr)
-        return 1
-    size = sum(leaf.nbytes for unit in manifest.units.values() for leaf in unit.values())
-    print(f"{args.dst}: {len(manifest.units)} units, {size / 1e9:.3f} GB")
-    return 0
+    def work(progress: Progress) -> str:
+        manifest = convert(
+            args.src,
+            args.dst,
+            experts=args.experts,
+            workers=args.workers,
+            verify=args.verify,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+        size = sum(leaf.nbytes for unit in manifest.units.values() for leaf in unit.values())
+        return f"{args.dst}: {len(manifest.units)} units, {size / 1e9:.3f} GB"
+
+    return run("convert_hf.py", "convert", work)
 
 
 def positive(text: str) -> int:

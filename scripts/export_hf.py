@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from checkpoints.progress import Progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,21 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # exporting needs no accelerator
-    from checkpoints.export import export  # late: --help and usage errors answer at once
-    from checkpoints.progress import Progress
+    from checkpoints.command import run  # late: --help and usage errors answer at once
+    from checkpoints.export import export
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are ours
-    try:
-        with Progress("export") as progress:
-            shards = export(args.src, args.dst, args.format, args.overwrite, progress)
-    except (ValueError, OSError) as error:
-        print(f"export_hf.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export_hf.py: interrupted; run the same command again", file=sys.stderr)
-        return 1
-    print(f"{args.dst}: {len(shards)} shards")
-    return 0
+    def work(progress: Progress) -> str:
+        shards = export(args.src, args.dst, args.format, args.overwrite, progress)
+        return f"{args.dst}: {len(shards)} shards"
+
+    return run("export_hf.py", "export", work)
 
 
 if __name__ == "__main__":

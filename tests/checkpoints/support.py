@@ -104,9 +104,7 @@ def write_shard(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> None:
 def tensor_files(root: Path) -> dict[str, tuple[str, str, tuple[int, ...], bytes]]:
     """Every tensor with its file, dtype, shape and bytes: what must survive a round trip."""
     raw = read_raw(root)
-    return {
-        n: (raw.files[n], raw.dtypes[n], a.shape, a.tobytes()) for n, a in raw.tensors.items()
-    }
+    return {n: (raw.files[n], raw.dtypes[n], a.shape, a.tobytes()) for n, a in raw.tensors.items()}
 
 
 def values(raw: Raw, name: str) -> np.ndarray:
@@ -126,7 +124,9 @@ def values(raw: Raw, name: str) -> np.ndarray:
 
 def to_bf16_variant(raw: Raw) -> Raw:
     """The same model without quantisation, as an unquantised release would store it."""
-    config = {k: v for k, v in raw.config.items() if k not in ("quantization_config", "expert_dtype")}
+    config = {
+        k: v for k, v in raw.config.items() if k not in ("quantization_config", "expert_dtype")
+    }
     result = Raw(config, {}, {}, {})
     for name in raw.tensors:
         if name.endswith(".scale") and name.removesuffix("scale") + "weight" in raw.tensors:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -112,7 +111,9 @@ def test_tokenizer_files_are_carried_along(source, tmp_path):
     (source / "tokenizer.json").unlink()
     shutil.rmtree(source / "encoding")
     convert(source, tmp_path / "dst", progress=progress, overwrite=True)
-    assert notes == [f"warning: {source} has no tokenizer.json; the result will run on token ids only"]
+    assert notes == [
+        f"warning: {source} has no tokenizer.json; the result will run on token ids only"
+    ]
     assert not (tmp_path / "dst" / "tokenizer.json").exists()
     assert not (tmp_path / "dst" / "encoding").exists()
 
@@ -226,7 +227,9 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "is_after", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["before", "after"]
+)
 @pytest.mark.parametrize("place", STEPS, ids=[name for _, name in STEPS])
 def test_death_at_every_step(source, tmp_path, monkeypatch, converted, place, is_after):
     """Dies at the first, second, … call of a step, continues, until a run gets through.
@@ -317,32 +320,14 @@ def test_a_full_disk_in_the_middle(source, tmp_path, monkeypatch, converted):
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "_checkpointer", Full)
-        with pytest.raises(CheckpointError, match="no space left on the device while writing .*00:"):
+        with pytest.raises(
+            CheckpointError, match="no space left on the device while writing .*00:"
+        ):
             convert(source, tmp_path / "dst")
     with pytest.raises(CheckpointError, match="incomplete"):
         load_config(tmp_path / "dst")
     convert(source, tmp_path / "dst")
     assert stored_arrays(tmp_path / "dst") == stored_arrays(converted["base"])
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A 3 MB file system, where the machine lets us mount one."""
-    point = tmp_path / "small"
-    point.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(point)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command).returncode:
-        pytest.skip("mounting a small file system needs privileges")
-    yield point
-    subprocess.run(["umount", str(point)], check=True)
-
-
-def test_a_disk_that_really_fills_up(small_disk, monkeypatch):
-    monkeypatch.setattr(files, "check_space", lambda *_: None)
-    with pytest.raises(CheckpointError, match="no space left on the device while writing"):
-        convert(INSTRUCT, small_disk / "dst", workers=2)
-    with pytest.raises(CheckpointError, match="incomplete|does not exist"):
-        load_config(small_disk / "dst")
 
 
 @pytest.mark.parametrize(
