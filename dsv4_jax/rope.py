@@ -27,7 +27,9 @@ def frequencies(cfg: ModelConfig, compressed: bool) -> np.ndarray:
     """
     base = cfg.compress_rope_theta if compressed else cfg.rope_theta
     exponents = np.arange(0, cfg.rope_dim, 2, dtype=np.float32) / np.float32(cfg.rope_dim)
-    freqs = np.float32(1) / np.power(np.float32(base), exponents)
+    # float32 powers differ between machines in their last bit; rounded float64 ones do not
+    powers = np.power(np.float64(base), exponents.astype(np.float64)).astype(np.float32)
+    freqs = np.float32(1) / powers
     if compressed and cfg.yarn:
         freqs = _stretch(freqs, base, cfg.rope_dim, cfg.yarn)
     return freqs.astype(np.float32)

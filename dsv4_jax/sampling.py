@@ -45,24 +45,41 @@ class SamplingParams:
 def sample(
     logits_V: Array, key: Array, position: Array, temperature: Array, top_p: Array, top_k: Array
 ) -> Array:
-    """One token id (int32 scalar) from float32 logits.
+    """One token id (int32 scalar) from float32 logits; see `sample_batch`."""
+    one = (x[None] for x in (logits_V, key, position, temperature, top_p, top_k))
+    return sample_batch(*one)[0]
 
-    The draw depends on the key and the position alone: the Gumbel trick with noise that is a
-    function of both, so a token does not depend on what else is being computed.
+
+def sample_batch(
+    logits_BV: Array,
+    keys_B: Array,
+    positions_B: Array,
+    temperature_B: Array,
+    top_p_B: Array,
+    top_k_B: Array,
+) -> Array:
+    """Token ids int32 `[B]` from float32 logits; equal logits give the lowest id.
+
+    A draw depends on its key and position alone: the Gumbel trick with noise that is a function of
+    both, so a token does not depend on what else is being computed.
     """
-    best = jnp.argmax(logits_V).astype(jnp.int32)
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw(_) -> Array:
-        scaled = logits_V / jnp.maximum(temperature, 1e-6)
-        kept = lax.cond((top_p < 1) | (top_k > 0), _truncate, _keep_all, scaled, top_p, top_k)
-        noise = jax.random.gumbel(jax.random.fold_in(key, position), logits_V.shape, jnp.float32)
-        return jnp.argmax(kept + noise).astype(jnp.int32)
+        scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
+        truncates = ((top_p_B < 1) | (top_k_B > 0)).any()
+        kept_BV = lax.cond(
+            truncates, jax.vmap(_truncate), lambda x, *_: x, scaled_BV, top_p_B, top_k_B
+        )
+        noise_BV = jax.vmap(_noise, (0, 0, None))(keys_B, positions_B, logits_BV.shape[1])
+        drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
+        return jnp.where(temperature_B > 0, drawn_B, best_B)
 
-    return lax.cond(temperature > 0, draw, lambda _: best, None)
+    return lax.cond((temperature_B > 0).any(), draw, lambda _: best_B, None)
 
 
-def _keep_all(scaled_V: Array, top_p: Array, top_k: Array) -> Array:
-    return scaled_V
+def _noise(key: Array, position: Array, size: int) -> Array:
+    return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
 
 
 def _truncate(scaled_V: Array, top_p: Array, top_k: Array) -> Array:

@@ -7,6 +7,7 @@ python scripts/serve.py --checkpoint runs/v4-flash
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import signal
 import sys
@@ -38,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = ap.add_argument_group("model")
     model.add_argument("--checkpoint", metavar="DIR", help="made by convert_hf.py; default: demo")
     model.add_argument("--max-len", type=int, metavar="N", help="context limit in tokens")
+    model.add_argument("--slots", type=int, default=8, metavar="N", help="requests at a time")
+    held = "tokens of context kept, in use or for reuse; default: two full contexts"
+    model.add_argument("--cache-tokens", type=int, metavar="N", help=held)
     model.add_argument("--numerics", choices=("reference", "plain"), default="reference")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     http = ap.add_argument_group("HTTP")
@@ -65,8 +69,9 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     from checkpoints.load import load_checkpoint
     from checkpoints.store import load_config
     from dsv4_jax import encoding
-    from dsv4_jax.generator import Generator
     from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.engine.loop import Engine
+    from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
     from dsv4_jax.serving.launch import fingerprint, how_to_use
     from dsv4_jax.serving.plan import Planner
     from dsv4_jax.tokenizer import Tokenizer
@@ -79,6 +84,7 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     max_len = min(cfg.max_len, DEFAULT_MAX_LEN) if args.max_len is None else args.max_len
     if not 1 <= max_len <= cfg.max_len:
         raise ValueError(f"--max-len {max_len} must lie between 1 and the model's {cfg.max_len}")
+    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
     say(f"model    {service.settings.names[0]}: {cfg.num_layers} layers, {args.checkpoint or DEMO}")
@@ -93,14 +99,19 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
         say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
 
     cfg, params = load_checkpoint(folder, progress=progress)
-    generator = Generator(cfg, Numerics(args.numerics, args.dtype), params, max_len)
-    say("compiling …")
-    service.phase = "compiling"
-    generator.warm_up()
     weights = Path(folder, "manifest.json").read_bytes()
     how = f"{profile} {args.numerics} {args.dtype}"
+    name = fingerprint(weights, how.encode())
+    num = Numerics(args.numerics, args.dtype)
+    say(f"memory   {memory_plan(cfg, num, params, sizes)}")
+    engine = Engine(cfg, num, params, scheduling, sizes, name)
+    say("compiling …")
+    service.phase = "compiling"
+    engine.warm_up()
+    engine.start()
+    atexit.register(engine.stop)
     planner = Planner(tokenizer, profile, max_len, args.default_effort)
-    service.ready(planner, generator, fingerprint(weights, how.encode()))
+    service.ready(planner, engine, name)
     say(f"ready after {time.monotonic() - start:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))
 
@@ -114,7 +125,9 @@ def run(args: argparse.Namespace, folder: str) -> None:
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
     notice = None if args.checkpoint else DEMO_NOTICE
-    service = Service(Settings(tuple(names), notice, tuple(args.api_key or ())))
+    service = Service(
+        Settings(tuple(names), notice, tuple(args.api_key or ()), parallel=args.slots)
+    )
     serve(service, listener, lambda: load(args, folder, service, url_of(listener)))
 
 

@@ -43,7 +43,12 @@ def create_app(service: Service) -> ASGIApp:
         yield
         await service.thread.close()
 
-    open_routes = {"/health": _health, "/ready": _ready, "/version": _version}
+    open_routes = {
+        "/health": _health,
+        "/ready": _ready,
+        "/version": _version,
+        "/metrics": _metrics,
+    }
     app = Starlette(
         routes=[
             *(Route(path, guarded(chat_completions), methods=["POST"]) for path in CHAT_PATHS),
@@ -66,8 +71,15 @@ def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
     return endpoint
 
 
-def _health(_: Service) -> Response:
+def _health(service: Service) -> Response:
+    """200 while the engine lives (loading included); 503 once it has failed."""
+    if service.has_failed:
+        return JSONResponse({"status": "failed"}, 503)
     return JSONResponse({"status": "ok"})
+
+
+def _metrics(service: Service) -> Response:
+    return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
 
 def _ready(service: Service) -> Response:

@@ -6,10 +6,24 @@ from typing import Protocol
 from dsv4_jax.sampling import SamplingParams
 
 
+class Exposition(Protocol):
+    """Numbers for Prometheus."""
+
+    def text(self) -> bytes:
+        """All of them in its text format."""
+        ...
+
+
 class TokenModel(Protocol):
-    """A model that continues token sequences, one at a time."""
+    """A model that continues token sequences; streams may be read from several threads."""
 
     max_len: int  # the context limit in tokens
+    failure: BaseException | None  # what stopped it for good
+
+    @property
+    def metrics(self) -> Exposition:
+        """Its counters and gauges."""
+        ...
 
     def stream(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, stop_ids: frozenset[int]

@@ -23,12 +23,14 @@ class Settings:
     """Choices of whoever runs the server.
 
     `names` are the model's, the first one preferred; `notice` is what users should know of it.
+    `parallel` answers are made at a time; `max_waiting` more requests may wait.
     """
 
     names: tuple[str, ...]
     notice: str | None = None
     api_keys: tuple[str, ...] = ()
     max_waiting: int = 4
+    parallel: int = 1
     max_body_bytes: int = 64 << 20
     body_timeout_s: float = 60.0
     hold_headers_s: float = 5.0
@@ -52,7 +54,9 @@ class Service:
         self.phase = "loading"
         self.percent = 0
         self.started = int(time.time())
-        self.thread: ModelThread[Event | Finish] = ModelThread(settings.max_waiting)
+        self.thread: ModelThread[Event | Finish] = ModelThread(
+            settings.max_waiting, workers=settings.parallel
+        )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self._loaded: Loaded | None = None
         self._warned: set[str] = set()
@@ -61,6 +65,15 @@ class Service:
         """Lets requests in; may be called from any thread."""
         self._loaded = Loaded(planner, model, fingerprint)
         self.phase, self.percent = "ready", 100
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the model's engine stopped with an error."""
+        return self._loaded is not None and self._loaded.model.failure is not None
+
+    def metrics(self) -> bytes:
+        """Prometheus text; empty until the model is there."""
+        return b"" if self._loaded is None else self._loaded.model.metrics.text()
 
     def loaded(self) -> Loaded:
         """Returns the model.

@@ -1,4 +1,4 @@
-"""The one thread that runs the model, and the queue before it."""
+"""Threads that follow one answer each, and the queue before them."""
 
 import asyncio
 import threading
@@ -77,17 +77,18 @@ class Job(Generic[T]):
 
 
 class ModelThread(Generic[T]):
-    """Runs work in the order of arrival; at most `max_waiting` pieces wait for their turn.
+    """Runs work in the order of arrival, `workers` pieces at a time; `max_waiting` more may wait.
 
     The event loop stays free meanwhile. Methods belong to the event loop, but for `stop`.
     """
 
-    def __init__(self, max_waiting: int, retry_after_s: int = 5) -> None:
+    def __init__(self, max_waiting: int, retry_after_s: int = 5, workers: int = 1) -> None:
         self.max_waiting = max_waiting
+        self.workers = workers
         self.retry_after_s = retry_after_s
         self.admitted = 0
         self._stopping = threading.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="model")
 
     def check_room(self) -> None:
         """Does nothing if `admit` would take work now.
@@ -97,7 +98,7 @@ class ModelThread(Generic[T]):
         """
         if self._stopping.is_set():
             raise not_ready("draining")
-        if self.admitted > self.max_waiting:
+        if self.admitted >= self.workers + self.max_waiting:
             raise queue_full(self.retry_after_s)
 
     def admit(self, work: "Work[T]") -> Job[T]:

@@ -8,6 +8,7 @@ from functools import cache
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
 from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service, Settings
 from dsv4_jax.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class FakeModel:
 
     def __init__(self, *says: str, gate: threading.Semaphore | None = None) -> None:
         self.max_len = MAX_LEN
+        self.failure = None
+        self.metrics = Metrics()
         self.says = list(says)
         self.gate = gate
         self.prompts: list[list[int]] = []

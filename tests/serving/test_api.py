@@ -125,3 +125,18 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_only_its_own_script(clie
     policy = reply.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'sha256-" in policy
+
+
+def test_health_turns_bad_when_the_model_failed():
+    service = make_service(model := FakeModel(answer("hi")))
+    with TestClient(create_app(service)) as client:
+        assert client.get("/health").status_code == 200
+        model.failure = RuntimeError("boom")
+        assert client.get("/health").status_code == 503
+
+
+def test_metrics_are_prometheus_text():
+    with TestClient(create_app(make_service(FakeModel(answer("hi"))))) as client:
+        reply = client.get("/metrics")
+    assert reply.status_code == 200
+    assert "# TYPE dsv4:generation_tokens_total counter" in reply.text

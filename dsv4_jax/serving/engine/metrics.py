@@ -1,0 +1,173 @@
+"""What the scheduler counts and times, in Prometheus' text form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from dsv4_jax.serving.engine.request import FinishReason, Request, Status
+
+disable_created_metrics()  # a time stamp beside every series is of no use to anyone
+
+# fmt: off
+FIRST_TOKEN_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
+    20, 40, 80, 160, 640, 2560,
+)
+PER_TOKEN_S = (
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
+    20, 40, 80,
+)
+REQUEST_S = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)
+# fmt: on
+GAUGES = {
+    "num_requests_running": "Requests that have a slot.",
+    "num_requests_waiting": "Requests in the queue.",
+    "num_requests_preempted": "Requests that lost their slot and will go on.",
+    "kv_cache_usage_perc": "Share of pages in use by requests, 0 to 1.",
+    "slot_usage_perc": "Share of slots in use, 0 to 1.",
+}
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prompt_tokens": ("Prompt tokens of requests that started.", ()),
+    "generation_tokens": ("Tokens generated.", ()),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", ()),
+    "prefix_cache_hits": ("Prompt tokens restored from the prefix cache.", ()),
+    "prefix_cache_evictions": ("Pages and checkpoints evicted.", ("tier",)),
+    "num_preemptions": ("Requests that lost their slot because pages ran out.", ()),
+    "request_success": ("Requests that ended as they should.", ("finished_reason",)),
+    "request_aborts": ("Requests that ended early.", ("phase",)),
+    "admission_rejections": ("Requests turned away.", ("reason",)),
+    "nan_logits": ("Rows whose results were not finite.", ()),
+}
+PHASES = {
+    Status.WAITING: "queue",
+    Status.PREFILL: "prefill",
+    Status.RUNNING: "decode",
+    Status.PREEMPTED: "preempted",
+}
+
+
+def token_buckets(most: int) -> list[int]:
+    """1, 2, 5, 10, … up to `most`."""
+    sizes = [digit * 10**power for power in range(len(str(most))) for digit in (1, 2, 5)]
+    return [size for size in sizes if size <= most]
+
+
+class Metrics:
+    """One engine's counters, gauges and histograms.
+
+    Args:
+        model_name: Label of every series, as is `engine`.
+        max_len: Context length, where the histograms of tokens end.
+        prefix: Stands in front of every name.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "",
+        max_len: int = 1 << 20,
+        prefix: str = "dsv4:",
+        engine: str = "0",
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._prefix = prefix
+        self._labels = {"model_name": model_name, "engine": engine}
+        self._counters = {
+            name: self._make(Counter, name, text, labels)
+            for name, (text, labels) in COUNTERS.items()
+        }
+        tokens = token_buckets(max_len)
+        histograms = {
+            "time_to_first_token_seconds": FIRST_TOKEN_S,
+            "inter_token_latency_seconds": PER_TOKEN_S,
+            "request_time_per_output_token_seconds": PER_TOKEN_S,
+            "e2e_request_latency_seconds": REQUEST_S,
+            "request_queue_time_seconds": REQUEST_S,
+            "request_prefill_time_seconds": REQUEST_S,
+            "request_decode_time_seconds": REQUEST_S,
+            "request_inference_time_seconds": REQUEST_S,
+            "iteration_tokens_total": tokens,
+            "request_prompt_tokens": tokens,
+            "request_generation_tokens": tokens,
+            "request_params_max_tokens": tokens,
+        }
+        self._histograms = {
+            name: self._make(Histogram, name, name.replace("_", " "), (), buckets=buckets)
+            for name, buckets in histograms.items()
+        }
+
+    def _make(
+        self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **extra: Any
+    ) -> Any:
+        names = (*self._labels, *labels)
+        metric = kind(self._prefix + name, text, names, registry=self.registry, **extra)
+        return metric if labels else metric.labels(**self._labels)
+
+    def watch(self, name: str, read: Callable[[], float]) -> None:
+        """Makes a gauge call `read`, from any thread, whenever it is asked for."""
+        self._make(Gauge, name, GAUGES[name]).set_function(read)
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        counter = self._counters[name]
+        (counter.labels(**self._labels, **labels) if labels else counter).inc(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
+
+    def text(self) -> bytes:
+        """The exposition of everything."""
+        return generate_latest(self.registry)
+
+    # What happens to requests.
+
+    def started(self, request: Request) -> None:
+        """Records the first admission."""
+        self.count("prompt_tokens", len(request.prompt))
+        if request.reuse_prefix:
+            self.count("prefix_cache_queries", len(request.prompt))
+            self.count("prefix_cache_hits", request.cached_tokens)
+        self.observe("request_queue_time_seconds", _between(request, "arrived", "started"))
+
+    def token(self, request: Request, now: float) -> None:
+        """Records a generated token, before the request's times take note of it."""
+        self.count("generation_tokens")
+        if request.times.last_token is None:
+            self.observe("time_to_first_token_seconds", now - request.times.arrived)
+        else:
+            self.observe("inter_token_latency_seconds", now - request.times.last_token)
+
+    def finished(self, request: Request, was: Status) -> None:
+        """Records the end of a request that was in the given state."""
+        assert request.finish_reason is not None
+        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            self.count("request_aborts", phase=PHASES[was])
+            return
+        self.count("request_success", finished_reason=request.finish_reason.value)
+        self.observe("e2e_request_latency_seconds", _between(request, "arrived", "finished"))
+        self.observe("request_inference_time_seconds", _between(request, "started", "finished"))
+        self.observe("request_prompt_tokens", len(request.prompt))
+        self.observe("request_generation_tokens", request.num_generated)
+        self.observe("request_params_max_tokens", request.max_tokens)
+        if request.times.first_token is None:
+            return
+        decode_s = _between(request, "first_token", "last_token")
+        self.observe("request_prefill_time_seconds", _between(request, "started", "first_token"))
+        self.observe("request_decode_time_seconds", decode_s)
+        if request.num_generated > 1:
+            per_token_s = decode_s / (request.num_generated - 1)
+            self.observe("request_time_per_output_token_seconds", per_token_s)
+
+
+def _between(request: Request, start: str, end: str) -> float:
+    return getattr(request.times, end) - getattr(request.times, start)

@@ -1,0 +1,69 @@
+"""From a few settings to the engine's sizes, and what they cost in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4_jax.cache import page_unit
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.serving.engine.config import SchedulerConfig
+from dsv4_jax.serving.engine.device import Sizes, memory
+from dsv4_jax.serving.engine.units import UNIT
+from dsv4_jax.serving.engine.waiting import QueueLimits
+
+CHUNK = 256  # tokens of a prompt computed in one step
+CHECKPOINTS = 64
+CACHED_CONTEXTS = 2  # full-length contexts that the default page pool holds
+
+
+def plan_sizes(
+    cfg: ModelConfig, max_len: int, slots: int, cache_tokens: int | None = None
+) -> tuple[SchedulerConfig, Sizes]:
+    """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
+
+    One decode shape and one chunk shape: what a request computes does not depend on the load.
+
+    Raises:
+        ValueError: the cache cannot hold one request of `max_len`, or slots is not positive.
+    """
+    if slots < 1:
+        raise ValueError(f"slots={slots} must be at least 1")
+    if UNIT % page_unit(cfg):
+        raise ValueError(
+            f"compress_ratios need pages of {page_unit(cfg)} tokens; the server's are {UNIT}"
+        )
+    needed = -(-max_len // UNIT) * UNIT
+    cache_tokens = CACHED_CONTEXTS * needed if cache_tokens is None else cache_tokens
+    if cache_tokens < needed:
+        raise ValueError(
+            f"a cache of {cache_tokens} tokens cannot hold one context of {max_len}: the largest "
+            f"context that fits is {cache_tokens // UNIT * UNIT}"
+        )
+    scheduling = SchedulerConfig(
+        num_slots=slots,
+        max_len=max_len,
+        decode_batches=(slots,),
+        chunk_sizes=(CHUNK,),
+        step_tokens=CHUNK + slots,
+        queue=QueueLimits(),
+    )
+    pages = 1 + cache_tokens // UNIT  # page 0 is scratch
+    return scheduling, Sizes(slots, pages, UNIT, max_len, CHECKPOINTS)
+
+
+def memory_plan(cfg: ModelConfig, num: Numerics, params: Any, sizes: Sizes) -> str:
+    """What the device holds, by use, as a line to show."""
+    plan = memory(cfg, num, params, sizes)
+    tokens = (sizes.pages - 1) * sizes.page_tokens
+    parts = (
+        f"weights {_size(plan.weights)}",
+        f"{sizes.slots} slots {_size(plan.slots)}",
+        f"cache of {tokens:,} tokens {_size(plan.pages)}",
+        f"{sizes.checkpoints} checkpoints {_size(plan.checkpoints)}",
+    )
+    return ", ".join(parts)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

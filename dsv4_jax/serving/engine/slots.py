@@ -1,0 +1,230 @@
+"""Slots, and what the requests in them hold: pages, cached prefixes, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dsv4_jax.serving.engine.checkpoints import Handle
+from dsv4_jax.serving.engine.config import SchedulerConfig
+from dsv4_jax.serving.engine.node import Hit, Node
+from dsv4_jax.serving.engine.prefill import cut_points
+from dsv4_jax.serving.engine.prefix import PrefixCache
+from dsv4_jax.serving.engine.request import Request
+from dsv4_jax.serving.engine.step import Draft, PageCopy, SlotStart, Snapshot, TableUpdate
+from dsv4_jax.serving.engine.units import UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one row of a step will have done."""
+
+    request: Request
+    slot: int
+    end: int  # tokens computed behind it
+    samples: bool
+
+
+@dataclass
+class InFlight:
+    """What a planned step will have done once its results are in."""
+
+    step: int
+    rows: list[Row] = field(default_factory=list)
+    restored: list[Node] = field(default_factory=list)
+    snapshots: list[tuple[Request, int, Handle]] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)  # source pages, held while planning
+
+
+class Slots:
+    """Gives slots to requests and takes them back, with everything that goes with them."""
+
+    def __init__(self, config: SchedulerConfig, cache: PrefixCache) -> None:
+        self.live: dict[int, Request] = {}
+        self._config = config
+        self._cache = cache
+        self._pages = cache.pages
+        self._free = list(range(config.num_slots - 1, -1, -1))
+        self._no_room: tuple[Request, int] | None = None  # who found none, pages held then
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    @property
+    def _caches(self) -> bool:
+        return self._cache.store.capacity > 0
+
+    def start(self, request: Request, draft: Draft, record: InFlight) -> Hit | None:
+        """Puts a request into a free slot, behind the prefix that is cached.
+
+        Returns:
+            The prefix; None if the pages do not suffice now.
+        """
+        if self._no_room is not None:
+            who, held = self._no_room
+            if who is request and self._pages.num_held >= held:
+                return None
+        hit = self._look_up(request)
+        pages = self._obtain(request, hit)
+        if pages is None and not self.live:
+            hit = Hit()  # to copy from a page takes one more than to compute it
+            pages = self._obtain(request, hit)
+        if pages is None:
+            self._no_room = request, self._pages.num_held
+            return None
+        self._no_room = None
+        request.pages = pages
+        request.slot = self._free.pop()
+        self.live[request.slot] = request
+        request.target = len(request.tokens)
+        request.planned = request.committed = hit.tokens
+        request.pin, request.skipped = hit.node, 0
+        request.cuts = self._cuts(request, hit)
+        self._prepare(request, hit, draft, record)
+        return hit
+
+    def retry(self) -> None:
+        """Says that something other than a held page became free."""
+        self._no_room = None
+
+    def grow(self, request: Request, draft: Draft) -> bool:
+        """Makes sure the next position has a page; False if there is none even after eviction."""
+        if request.planned < len(request.pages) * self._pages.page_tokens:
+            return True
+        if not self._cache.evict(1):
+            return False
+        assert request.slot is not None
+        [page] = self._pages.allocate(1)
+        draft.tables.append(TableUpdate(request.slot, len(request.pages), (page,)))
+        request.pages.append(page)
+        return True
+
+    def hand_out(self, request: Request, count: int, samples: bool, record: InFlight) -> None:
+        """Notes that the step computes the next `count` tokens."""
+        assert request.slot is not None
+        request.planned += count
+        request.in_flight += 1
+        record.rows.append(Row(request, request.slot, request.planned, samples))
+
+    def snapshot(self, request: Request, draft: Draft, record: InFlight) -> None:
+        """Keeps the state behind the step, if there is room for it."""
+        assert request.slot is not None
+        handle = self._cache.take_checkpoint()
+        if handle is not None:
+            draft.snapshots.append(Snapshot(request.slot, request.planned, handle))
+            record.snapshots.append((request, request.planned, handle))
+
+    def commit(self, row: Row) -> None:
+        """Notes that the rows of a step are right, and caches the units they complete."""
+        request = row.request
+        request.committed = row.end
+        known = request.pin.depth if request.pin is not None else 0
+        if self._caches and row.end // UNIT > known:
+            assert request.chain is not None
+            request.chain.extend(request.tokens)
+            units = row.end // UNIT
+            request.pin = self._cache.publish(request.chain, request.pages, units, request.pin)
+
+    def keep(self, request: Request, position: int, handle: Handle) -> None:
+        """Gives a finished snapshot to the tree, or to the request while its output grows.
+
+        Where an output ends is not known before, so each checkpoint in it replaces the one before.
+        """
+        if not request.is_live:
+            self._cache.store.drop(handle)
+            return
+        assert request.committed >= position, "the state of a step that is not in"
+        if position > len(request.prompt):
+            previous, request.output_checkpoint = request.output_checkpoint, (position, handle)
+            if previous is None:
+                return
+            position, handle = previous
+            if position % self._config.checkpoint_every:
+                self._cache.store.drop(handle)
+                return
+        assert request.chain is not None
+        self._cache.attach(request.chain, position, handle)
+
+    def release(self, request: Request) -> None:
+        """Takes everything back; what is cached stays until the room is needed."""
+        assert request.slot is not None and request.chain is not None
+        if request.output_checkpoint is not None:
+            self._cache.attach(request.chain, *request.output_checkpoint)
+        for page in request.pages:
+            self._pages.release(page)
+        if request.pin is not None:
+            self._cache.unpin(request.pin)
+        del self.live[request.slot]
+        self._free.append(request.slot)
+        request.slot = request.pin = request.output_checkpoint = None
+        request.pages, request.cuts = [], []
+        request.target = request.planned = request.committed = 0
+
+    def check(self) -> None:
+        """Asserts that slots, pages and pins are held by exactly the live requests."""
+        assert sorted([*self._free, *self.live]) == list(range(self._config.num_slots))
+        held: dict[int, int] = {}
+        pins: dict[Node, int] = {}
+        for slot, request in self.live.items():
+            assert request.slot == slot, "a request is not in its slot"
+            room = len(request.pages) * self._pages.page_tokens
+            assert request.committed <= request.planned <= room, "positions are off"
+            for page in request.pages:
+                held[page] = held.get(page, 0) + 1
+            if request.pin is not None:
+                pins[request.pin] = pins.get(request.pin, 0) + 1
+        for page in range(self._pages.num_pages):
+            assert self._pages.holders(page)[0] == held.get(page, 0), f"holders of page {page}"
+        for node in self._cache.nodes.values():
+            assert node.pins == pins.get(node, 0), f"pins of a unit at depth {node.depth}"
+
+    def _look_up(self, request: Request) -> Hit:
+        assert request.chain is not None
+        if not self._caches or not request.reuse_prefix:
+            return Hit()
+        request.chain.extend(request.tokens)
+        # The last token is always computed: its logits are needed.
+        return self._cache.acquire(request.chain, len(request.tokens) - 1)
+
+    def _obtain(self, request: Request, hit: Hit) -> list[int] | None:
+        """Returns the request's table, all pages held; None, the hit abandoned, if they lack."""
+        borrowed = [] if hit.copy_from is None else [hit.copy_from]
+        for page in (*hit.pages, *borrowed):
+            self._pages.share(page)
+        size = len(request.tokens)
+        new = self._pages.pages_for(size) - len(hit.pages)
+        with_reserve = min(size + self._config.reserve_tokens, request.limit)
+        wanted = max(self._pages.pages_for(with_reserve) - len(hit.pages), new)
+        if self._pages.num_obtainable >= wanted and self._cache.evict(new):
+            return [*hit.pages, *self._pages.allocate(new)]
+        for page in (*hit.pages, *borrowed):
+            self._pages.release(page)
+        self._cache.abandon(hit)
+        return None
+
+    def _cuts(self, request: Request, hit: Hit) -> list[int]:
+        if not self._caches:
+            return []
+        chain, every = request.chain, self._config.checkpoint_every
+        assert chain is not None
+
+        def is_cached(position: int) -> bool:
+            node = self._cache.at(chain, position)
+            return node is not None and node.checkpoint is not None
+
+        return cut_points(request, hit.tokens, every, hit.matched, is_cached)
+
+    def _prepare(self, request: Request, hit: Hit, draft: Draft, record: InFlight) -> None:
+        """Puts what a slot needs before its first row into the plan."""
+        assert request.slot is not None
+        checkpoint = None
+        if hit.node is not None:
+            checkpoint = hit.node.checkpoint
+            record.restored.append(hit.node)
+        draft.starts.append(SlotStart(request.slot, request, hit.tokens, checkpoint))
+        draft.tables.append(TableUpdate(request.slot, 0, tuple(request.pages)))
+        if hit.copy_from is not None:
+            target = request.pages[len(hit.pages)]
+            tokens = hit.tokens % self._pages.page_tokens
+            draft.copies.append(PageCopy(hit.copy_from, target, tokens))
+            record.copied.append(hit.copy_from)
