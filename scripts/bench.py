@@ -1,0 +1,69 @@
+"""Measurements, each as a ratio to a peer or a floor in the same run.
+
+python scripts/bench.py model
+python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "tests" / "data" / "bench_config.json"
+
+
+def numbers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",") if part]
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} must hold positive numbers")
+    return values
+
+
+def build_parser() -> argparse.ArgumentParser:
+    ap = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = ap.add_subparsers(dest="command", required=True)
+    text = "tokens per CPU-second and peak memory of the model, on one core, float32"
+    model = commands.add_parser("model", help=text, description=text)
+    config = "config.json of the model (default: a 71M one with every layer kind)"
+    model.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=config)
+    model.add_argument("--lengths", type=numbers, default=[512, 2048, 8192], metavar="N,N")
+    model.add_argument("--decode-lengths", type=numbers, default=[512, 8192], metavar="N,N")
+    model.add_argument("--batches", type=numbers, default=[1, 8], metavar="B,B", help="of decode")
+    peer = "measure transformers too; a Python that has torch and transformers"
+    model.add_argument("--peer", metavar="PYTHON", help=peer)
+    model.add_argument("--json", action="store_true", help="one JSON object a case")
+    return ap
+
+
+def bench_model(args: argparse.Namespace) -> None:
+    from dsv4_jax.bench import compare
+
+    if not Path(args.config).is_file():
+        raise ValueError(f"--config {args.config}: no such file")
+    if not args.json:
+        print(f"{platform.machine()}, one core, Python {platform.python_version()}\n")
+        print(compare.header(bool(args.peer)), flush=True)
+    wanted = compare.cases(args.lengths, args.decode_lengths, args.batches)
+    for row in compare.compare(args.config, wanted, args.peer):
+        print(json.dumps(row) if args.json else compare.line(row), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        bench_model(args)
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
