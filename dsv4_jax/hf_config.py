@@ -67,6 +67,11 @@ _RELEVANT_PREFIXES = (
     "rotary_ routed_ router_ sinkhorn sliding_ swiglu_ v_ yarn_"
 ).split()
 _HARMLESS = {"num_labels", "router_aux_loss_coef", "router_jitter_noise", "layer_norm_eps"}
+_ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor"}
+_YARN_KEYS = set(
+    "rope_type type factor beta_fast beta_slow original_max_position_embeddings attention_factor "
+    "truncate".split()
+)
 _LAYER_TYPES = {"sliding_attention": SWA}
 _RATE_NAMES = {"compressed_sparse_attention": CSA, "heavily_compressed_attention": 128}
 
@@ -87,7 +92,8 @@ def read(raw: dict) -> ModelConfig:
                 raise ValueError(f"config: {alias}={value} contradicts {name}={raw[name]}")
     known = {official for official, _ in _FIELDS.values()}
     values = {ours: _take(raw, name, default) for ours, (name, default) in _FIELDS.items()}
-    values["num_mtp_layers"] = raw.get("num_nextn_predict_layers", _mtp_of_ratios(raw))
+    num_mtp = _count(raw, "num_nextn_predict_layers")
+    values["num_mtp_layers"] = _mtp_of_ratios(raw) if num_mtp is None else num_mtp
     values["compress_ratios"] = _ratios(raw, values["num_layers"], values["num_mtp_layers"])
     values["num_hash_layers"] = _hash_layers(raw, values["num_layers"])
     values |= _rope(raw, values["head_dim"])
@@ -147,6 +153,13 @@ def _take(raw: dict, name: str, default: Any) -> Any:
     return float(value) if kind is float else value
 
 
+def _count(raw: dict, name: str) -> int | None:
+    value = raw.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"config: {name}={value!r} must be an integer")
+    return value
+
+
 def _check_kind(raw: dict) -> None:
     kind = raw.get("model_type", "deepseek_v4")
     if kind != "deepseek_v4":
@@ -200,11 +213,13 @@ def _ratios(raw: dict, num_layers: int, num_mtp: int) -> tuple[int, ...]:
             f"config: compress_ratios has {len(ratios)} entries; num_hidden_layers={num_layers} + "
             f"num_nextn_predict_layers={num_mtp} need {num_layers + num_mtp}"
         )
-    return tuple(int(r) for r in ratios)
+    if not all(isinstance(r, int) and not isinstance(r, bool) for r in ratios):
+        raise ValueError(f"config: compress_ratios={ratios} must hold integers")
+    return tuple(ratios)
 
 
 def _hash_layers(raw: dict, num_layers: int) -> int:
-    kinds, count = raw.get("mlp_layer_types"), raw.get("num_hash_layers")
+    kinds, count = raw.get("mlp_layer_types"), _count(raw, "num_hash_layers")
     if kinds is not None:
         unknown = set(kinds) - {"hash_moe", "moe"}
         if unknown:
@@ -223,54 +238,83 @@ def _hash_layers(raw: dict, num_layers: int) -> int:
 
 
 def _rope(raw: dict, head_dim: int) -> dict:
-    factor, rope_dim = raw.get("partial_rotary_factor"), raw.get("qk_rope_head_dim")
     parameters = raw.get("rope_parameters") or {}
-    main, compress = parameters.get("main", {}), parameters.get("compress", {})
-    factor = main.get("partial_rotary_factor", factor) if factor is None else factor
-    if rope_dim is None:
-        if factor is None:
-            raise ValueError("config: required field 'qk_rope_head_dim' is missing")
-        rope_dim = round(head_dim * factor)
-    if factor is not None and round(head_dim * factor) != rope_dim:
-        raise ValueError(
-            f"config: partial_rotary_factor={factor} of head_dim={head_dim} contradicts "
-            f"qk_rope_head_dim={rope_dim}"
-        )
+    _refuse_others("rope_parameters", parameters, {"main", "compress"})
+    main, compress = parameters.get("main") or {}, parameters.get("compress") or {}
+    _refuse_others("rope_parameters.main", main, _ROPE_KEYS)
     if main.get("rope_type", "default") != "default":
         raise ValueError(
             f"config: rope_parameters.main.rope_type={main['rope_type']!r} is not "
             "supported; window-only layers use plain RoPE"
         )
-    if compress.get("attention_factor", 1.0) not in (1.0, None):
-        raise ValueError("config: rope_parameters.compress.attention_factor must be 1.0")
-    scaling = compress if compress else raw.get("rope_scaling")
+    yarn = _yarn("rope_parameters.compress", compress, _ROPE_KEYS | _YARN_KEYS)
+    if scaling := raw.get("rope_scaling"):
+        legacy = _yarn("rope_scaling", scaling, _YARN_KEYS)
+        if compress and legacy != yarn:
+            raise ValueError("config: rope_scaling contradicts rope_parameters.compress")
+        yarn = legacy
     return {
-        "rope_dim": rope_dim,
-        "rope_theta": float(main.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        "compress_rope_theta": float(
-            compress.get("rope_theta", raw.get("compress_rope_theta", 160000.0))
-        ),
-        "yarn": _yarn(scaling),
+        "rope_dim": _rope_dim(raw, head_dim, main, compress),
+        "rope_theta": _theta(raw, "rope_theta", "main", main, 10000.0),
+        "compress_rope_theta": _theta(raw, "compress_rope_theta", "compress", compress, 160000.0),
+        "yarn": yarn,
     }
 
 
-def _yarn(scaling: dict | None) -> Yarn | None:
+def _rope_dim(raw: dict, head_dim: int, main: dict, compress: dict) -> int:
+    rope_dim = _count(raw, "qk_rope_head_dim")
+    for where in (raw, main, compress):
+        factor = where.get("partial_rotary_factor")
+        if factor is None:
+            continue
+        if rope_dim is None:
+            rope_dim = round(head_dim * factor)
+        if round(head_dim * factor) != rope_dim:
+            raise ValueError(
+                f"config: partial_rotary_factor={factor} of head_dim={head_dim} contradicts "
+                f"qk_rope_head_dim={rope_dim}"
+            )
+    if rope_dim is None:
+        raise ValueError("config: required field 'qk_rope_head_dim' is missing")
+    return rope_dim
+
+
+def _theta(raw: dict, name: str, kind: str, parameters: dict, default: float) -> float:
+    outer, inner = _take(raw, name, None), _take(parameters, "rope_theta", None)
+    if None not in (outer, inner) and outer != inner:
+        raise ValueError(
+            f"config: {name}={outer} contradicts rope_parameters.{kind}.rope_theta={inner}"
+        )
+    return float(next((v for v in (outer, inner) if v is not None), default))
+
+
+def _refuse_others(name: str, values: dict, known: set[str]) -> None:
+    others = sorted(key for key in values.keys() - known if values[key] is not None)
+    if others:
+        raise ValueError(f"config: {name} has unknown fields {others}; they may change the angles")
+
+
+def _yarn(name: str, scaling: dict, known: set[str]) -> Yarn | None:
     if not scaling:
         return None
+    _refuse_others(name, scaling, known)
+    for key, wanted in (("attention_factor", 1.0), ("truncate", True)):
+        if scaling.get(key) not in (None, wanted):
+            raise ValueError(f"config: {name}.{key}={scaling[key]!r} must be {wanted}")
     kind = scaling.get("rope_type", scaling.get("type", "yarn"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ValueError(f"config: rope_scaling.type={kind!r} is not supported; use 'yarn'")
+        raise ValueError(f"config: {name} type {kind!r} is not supported; use 'yarn'")
     missing = {"factor", "original_max_position_embeddings"} - scaling.keys()
     if missing:
-        raise ValueError(f"config: rope_scaling lacks {sorted(missing)}")
+        raise ValueError(f"config: {name} lacks {sorted(missing)}")
     if not scaling["original_max_position_embeddings"]:
         return None  # the official code switches YaRN off when the original length is 0
     return Yarn(
-        factor=float(scaling["factor"]),
-        beta_fast=float(scaling.get("beta_fast", 32)),
-        beta_slow=float(scaling.get("beta_slow", 1)),
+        factor=_take(scaling, "factor", 16.0),
+        beta_fast=_take(scaling, "beta_fast", 32.0),
+        beta_slow=_take(scaling, "beta_slow", 1.0),
         original_len=int(scaling["original_max_position_embeddings"]),
     )
 
@@ -280,7 +324,8 @@ def _formats(raw: dict) -> dict:
     quant = raw.get("quantization_config")
     if not quant:
         return {"dense_format": None, "expert_format": raw.get("expert_dtype")}
-    for name, wanted in (("quant_method", "fp8"), ("activation_scheme", "dynamic")):
+    fixed = (("quant_method", "fp8"), ("activation_scheme", "dynamic"), ("fmt", "e4m3"))
+    for name, wanted in fixed:
         if quant.get(name, wanted) != wanted:
             raise ValueError(
                 f"config: quantization_config.{name}={quant[name]!r} is not supported; "
@@ -296,7 +341,12 @@ def _formats(raw: dict) -> dict:
             f"config: quantization_config.scale_fmt={quant['scale_fmt']!r} is not supported; "
             "activations are rounded with power-of-two scales ('ue8m0')"
         )
-    expert = raw.get("expert_dtype", quant.get("expert_dtype")) or "fp4"
+    outer, inner = raw.get("expert_dtype"), quant.get("expert_dtype")
+    if outer and inner and outer != inner:
+        raise ValueError(
+            f"config: expert_dtype={outer!r} contradicts quantization_config.expert_dtype={inner!r}"
+        )
+    expert = outer or inner or "fp4"
     if expert not in ("fp4", "fp8"):
         raise ValueError(f"config: expert_dtype={expert!r} must be 'fp4' or 'fp8'")
     return {"dense_format": "fp8", "expert_format": expert}

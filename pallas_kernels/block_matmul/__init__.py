@@ -1,0 +1,1 @@
+"""FP8 block matmul: dense projections whose weights stay in memory as their checkpoint codes."""

@@ -1,0 +1,143 @@
+"""FP8 block matmul `y = x · Wᵀ` with the weight read once, as codes.
+
+    grid (core, weight tile, row tile); the row tile moves fastest
+
+                     in                        x [rows, in]: tile u, all of `in`
+           ┌──────────────────────┐
+     out   │ W tile n: [TN, in]   │  ── e4m3 codes; decoded to bfloat16 scratch at the first
+           ├──────────────────────┤     row tile, then used by every row tile
+           │ W tile n+1: prefetch │
+           └──────────────────────┘            y tile (u, n) = x tile · scratchᵀ, float32 inside
+
+With few rows there is one row tile: x stays in VMEM and the weights stream past it. Scales sit in
+SMEM. Power-of-two scales go into the decoded weight (exact); float32 scales multiply the partial
+sums of 128 channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tiles
+
+MIB = 1 << 20
+MAX_ROW_TILE = 512
+WEIGHT_TILE_BYTES = 8 * MIB  # of codes, when many row tiles share a decoded weight tile
+VMEM_BUDGET = 56 * MIB  # the smallest chips have 64
+STREAM_TILE_BYTES = 1 * MIB  # of codes, when weights only stream past: more, smaller steps
+CORES = 2  # v5p splits this dimension over its cores; elsewhere it is a loop
+
+
+def tile_sizes(rows: int, out_dim: int, in_dim: int) -> tuple[int, int]:
+    """Rows of x and rows of W (multiple of 128) of one step."""
+    row_limit = max(128, min(MAX_ROW_TILE, (2 * MIB // in_dim) // 128 * 128))
+    row_tile = min(-(-rows // 16) * 16, row_limit)
+    target = STREAM_TILE_BYTES if rows <= row_tile else WEIGHT_TILE_BYTES
+    weight_tile = max(128, target // in_dim // 128 * 128)
+    weight_tile = min(weight_tile, 2048, -(-out_dim // 128) * 128)
+    while weight_tile > 128 and vmem_bytes(row_tile, weight_tile, in_dim) > VMEM_BUDGET:
+        weight_tile -= 128
+    return row_tile, weight_tile
+
+
+def _body(
+    scales_ref, x_ref, codes_ref, y_ref, w_scr, *scratch, tiles_per_core, lane_blocks, exact, rounds
+):
+    core, step, u = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    tile = core * tiles_per_core + step
+    blocks_per_tile = codes_ref.shape[0] // tiles.LANES
+    last = scales_ref.shape[0] // lane_blocks - 1
+
+    def scale_at(i, k):
+        row = jnp.minimum(tile * blocks_per_tile + i, last)  # blocks past the end: any scale
+        return scales_ref[row * lane_blocks + k]
+
+    @pl.when(u == 0)
+    def _():
+        tiles.decode_fp8(codes_ref, scale_at if exact else None, w_scr)
+
+    if rounds:
+        rounded_scr = scratch[-1]
+
+        @pl.when(step == 0)
+        def _():
+            tiles.round_rows(x_ref, rounded_scr)
+
+        x_ref = rounded_scr
+    if exact:
+        y = tiles.dot(x_ref[...], w_scr[...])
+    else:
+        y = tiles.scaled_dot(x_ref, w_scr, scale_at, scratch[0])
+    y_ref[...] = y.astype(y_ref.dtype)
+
+
+def block_matmul(
+    x_UK: jax.Array,
+    codes_NK: jax.Array,
+    scales_nk: jax.Array,
+    round_x: bool,
+    out_dtype,
+    interpret=False,
+) -> jax.Array:
+    """See `api.block_matmul`. `round_x` needs all rows in one tile."""
+    rows, in_dim = x_UK.shape
+    out_dim = codes_NK.shape[0]
+    exact = scales_nk.dtype == jnp.float8_e8m0fnu
+    row_tile, weight_tile = tile_sizes(rows, out_dim, in_dim)
+    row_tiles, weight_tiles = pl.cdiv(rows, row_tile), pl.cdiv(out_dim, weight_tile)
+    assert not round_x or row_tiles == 1
+    cores = CORES if weight_tiles % CORES == 0 else 1
+    per_core = weight_tiles // cores
+    scratch = [pltpu.VMEM((weight_tile, in_dim), jnp.bfloat16)]
+    if not exact:
+        scratch.append(pltpu.VMEM((row_tile, weight_tile), jnp.float32))
+    if round_x:
+        scratch.append(pltpu.VMEM((row_tile, in_dim), jnp.bfloat16))
+    out_bytes = jnp.dtype(out_dtype).itemsize
+    x_reads = 1 if row_tiles == 1 else weight_tiles
+    return pl.pallas_call(
+        functools.partial(
+            _body,
+            tiles_per_core=per_core,
+            lane_blocks=scales_nk.shape[1],
+            exact=exact,
+            rounds=round_x,
+        ),
+        out_shape=jax.ShapeDtypeStruct((rows, out_dim), out_dtype),
+        grid=(cores, per_core, row_tiles),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((row_tile, in_dim), lambda c, n, u: (u, 0)),
+            pl.BlockSpec((weight_tile, in_dim), lambda c, n, u: (c * per_core + n, 0)),
+        ],
+        out_specs=pl.BlockSpec((row_tile, weight_tile), lambda c, n, u: (u, c * per_core + n)),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(row_tile, weight_tile, in_dim),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * out_dim * in_dim,
+            transcendentals=0,
+            bytes_accessed=out_dim * in_dim
+            + 4 * scales_nk.size
+            + 2 * rows * in_dim * x_reads
+            + out_bytes * rows * out_dim,
+        ),
+        interpret=interpret,
+        name="block_matmul",
+    )(scales_nk.astype(jnp.float32).reshape(-1), x_UK, codes_NK)
+
+
+def vmem_bytes(row_tile: int, weight_tile: int, in_dim: int) -> int:
+    """Upper bound of a step: double-buffered blocks, scratch, and the compiler's temporaries."""
+    lanes = -(-in_dim // 128) * 128
+    weights = weight_tile * lanes * (2 + 2)
+    activations = max(row_tile, 32) * lanes * 2 * 3
+    outputs = row_tile * weight_tile * (2 * 4 + 2 * 4)
+    return max(16 * MIB, weights + activations + outputs + 6 * MIB)

@@ -1,0 +1,1 @@
+"""Scores of the lightning indexer and the exact choice of its best rows, in one kernel."""

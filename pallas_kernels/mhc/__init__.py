@@ -1,0 +1,1 @@
+"""Hyper-connections: mixing numbers, weighted sum of the streams, and their update."""

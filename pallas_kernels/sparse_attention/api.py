@@ -1,0 +1,374 @@
+"""Attention of one layer: window rows, compressed rows and the sink in one online softmax."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import paging
+from pallas_kernels.index_topk.reference import words_mask
+from pallas_kernels.sparse_attention import kernel, reference
+
+__all__ = ["Compressed", "PackedRows", "Window", "sparse_attention", "window_bounds"]
+
+Implementation = Literal["reference", "pallas", "interpret"]
+LANES, BLOCK = 128, 64
+MAX_QUERIES = 1 << 15  # their limits live in SMEM
+
+
+class PackedRows(NamedTuple):
+    """Rows as bits: FP8 codes uint8 `[L, B, S, H-R]`, e8m0 scales uint8 `[L, B, S, (H-R)/64]`,
+    bfloat16 rest uint16 `[L, B, S, R]`.
+
+    Scales may be followed by unused bytes. Eight in all keep the array in the layout that the
+    kernel reads; seven would be copied on every call.
+    """
+
+    codes: Array
+    scales: Array
+    rope: Array
+
+
+RowStore = PackedRows | Array
+
+
+class Window(NamedTuple):
+    """Rows of recent tokens; query t sees those in [start, stop). See `window_bounds`.
+
+    rows: `PackedRows`, or `[L, B, S, H]` of bfloat16, its bits (uint16), or float32.
+    slots_B: the second index of each sequence's rows, where it is not the sequence itself.
+    """
+
+    rows: RowStore
+    start_BT: Array
+    stop_BT: Array
+    layer: Array | int = 0
+    slots_B: Array | None = None
+
+
+class Compressed(NamedTuple):
+    """Compressed rows; query t sees the first visible_BT of them, fewer if some are chosen.
+
+    words: mask words `[B, T, ⌈C/4096⌉·128]` of index_topk.select_mask.
+    chosen_BTK: row numbers instead; then visible_BT counts the real ones in front. Rows are plain,
+        `[L, B, C, 4, 128]` (`[L, B, C, H]` in whole tiles of their own, so that one can be copied).
+    table_BP: pages of each sequence in order; rows are then `[L, pages, page, …]`.
+    """
+
+    rows: RowStore
+    visible_BT: Array
+    layer: Array | int = 0
+    words: Array | None = None
+    chosen_BTK: Array | None = None
+    table_BP: Array | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows that a sequence can have."""
+        pages = 1 if self.table_BP is None else self.table_BP.shape[-1]
+        return _num_rows(self.rows) * pages
+
+
+def window_bounds(pos_B: Array, fresh: int, num_rows: int, window: int) -> tuple[Array, Array]:
+    """start and stop of `fresh` queries from position `pos_B`, whose rows come last of `num_rows`.
+
+    A ring of exactly `window` rows that already holds the only new token is also served: its order
+    does not matter, so start is 0 and stop the number of rows written.
+    """
+    if fresh == 1 and num_rows == window:
+        return jnp.zeros_like(pos_B)[:, None], jnp.minimum(pos_B + 1, window)[:, None]
+    stop_T = jnp.arange(fresh, dtype=jnp.int32)[None] + num_rows - fresh + 1
+    before_B1 = (num_rows - fresh - pos_B)[:, None]  # rows of negative positions
+    start_BT = jnp.maximum(jnp.maximum(stop_T - window, before_B1), 0)
+    return start_BT, jnp.broadcast_to(stop_T, start_BT.shape)
+
+
+def sparse_attention(
+    q_BTNH: Array,
+    sink_N: Array,
+    window: Window,
+    compressed: Compressed | None = None,
+    *,
+    rotation: tuple[Array, Array] | None = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Attention output `[B, T, N, H]` in the dtype of the queries.
+
+    Keys are values. Scores are scaled by H^-1/2; the sink joins the denominator, unscaled.
+
+    Args:
+        rotation: cos and sin `[B, T, R/2]`: the output is turned back by these angles.
+        implementation: None chooses by platform; a name means that one or an error.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+        NotImplementedError: the kernel does not cover these sizes.
+    """
+    _check(q_BTNH, sink_N, window, compressed, rotation)
+    args = (q_BTNH, sink_N, window, compressed, rotation)
+    if implementation == "reference":
+        return _reference(*args)
+    if implementation is not None:
+        if implementation not in ("pallas", "interpret"):
+            raise ValueError(f"implementation={implementation!r} is unknown")
+        return _kernel(*args, interpret=implementation == "interpret")
+    try:
+        plan(q_BTNH, window, compressed, rotation is not None)
+    except NotImplementedError:
+        return _reference(*args)
+    return lax.platform_dependent(*args, tpu=partial(_kernel, interpret=False), default=_reference)
+
+
+def _num_rows(rows: RowStore) -> int:
+    return jax.tree.leaves(rows)[0].shape[2]
+
+
+def _check(
+    q_BTNH: Array,
+    sink_N: Array,
+    window: Window,
+    compressed: Compressed | None,
+    rotation: tuple[Array, Array] | None,
+) -> None:
+    batch, fresh, heads, channels = q_BTNH.shape
+    queries, has_slots = (batch, fresh), window.slots_B is not None
+    wanted: list[tuple[str, Array, tuple[int, ...]]] = [
+        ("sink_N", sink_N, (heads,)),
+        ("window.start_BT", window.start_BT, queries),
+        ("window.stop_BT", window.stop_BT, queries),
+        *_row_shapes("window.rows", window.rows, None if has_slots else batch, channels, False),
+    ]
+    if window.slots_B is not None:
+        wanted.append(("window.slots_B", window.slots_B, (batch,)))
+    if compressed is not None:
+        chosen_BTK, table_BP = compressed.chosen_BTK, compressed.table_BP
+        owners, by_number = (batch if table_BP is None else None), chosen_BTK is not None
+        wanted.append(("compressed.visible_BT", compressed.visible_BT, queries))
+        wanted += _row_shapes("compressed.rows", compressed.rows, owners, channels, by_number)
+        if table_BP is not None:
+            wanted.append(("compressed.table_BP", table_BP, (batch, table_BP.shape[-1])))
+        if chosen_BTK is not None:
+            wanted.append(("compressed.chosen_BTK", chosen_BTK, (*queries, chosen_BTK.shape[-1])))
+        if compressed.words is not None:
+            if by_number:
+                raise ValueError("give words or chosen_BTK, not both")
+            words = -(-compressed.capacity // 4096) * LANES
+            wanted.append(("compressed.words", compressed.words, (*queries, words)))
+    if rotation is not None:
+        pairs = rotation[0].shape[-1]
+        wanted += [(f"rotation[{n}]", a, (*queries, pairs)) for n, a in enumerate(rotation)]
+    for name, array, shape in wanted:
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"q_BTNH is {q_BTNH.dtype}, not bfloat16 or float32")
+
+
+def _row_shapes(
+    name: str, rows: RowStore, batch: int | None, channels: int, by_number: bool
+) -> list[tuple[str, Array, tuple[int, ...]]]:
+    layers, owners, size = jax.tree.leaves(rows)[0].shape[:3]
+    lead = (layers, batch or owners, size)
+    if isinstance(rows, PackedRows):
+        still = channels - rows.rope.shape[-1]
+        blocks = max(-(-still // BLOCK), rows.scales.shape[-1])
+        kinds = (rows.codes.dtype, rows.scales.dtype, rows.rope.dtype)
+        if kinds != (jnp.uint8, jnp.uint8, jnp.uint16):
+            raise ValueError(f"{name} holds {kinds}, not the bits uint8, uint8, uint16")
+        return [
+            (f"{name}.codes", rows.codes, (*lead, still)),
+            (f"{name}.scales", rows.scales, (*lead, blocks)),
+            (f"{name}.rope", rows.rope, (*lead, channels - still)),
+        ]
+    if rows.dtype not in (jnp.bfloat16, jnp.uint16, jnp.float32):
+        raise ValueError(f"{name} is {rows.dtype}, not bfloat16, its bits, or float32")
+    if by_number:
+        return [(name, rows, (*lead, channels // LANES, LANES))]
+    return [(name, rows, (*lead, channels))]
+
+
+def plan(q_BTNH: Array, window: Window, compressed: Compressed | None, turned: bool) -> kernel.Plan:
+    """Static sizes of a kernel call.
+
+    Raises:
+        NotImplementedError: the kernel does not cover these sizes.
+    """
+    batch, fresh, heads, channels = q_BTNH.shape
+    if heads % 8 or channels % LANES:
+        raise NotImplementedError(f"heads={heads} in 8s and channels={channels} in 128s only")
+    if heads > kernel.MAX_ROWS // 8:
+        raise NotImplementedError(f"heads={heads}, limit {kernel.MAX_ROWS // 8}: split the heads")
+    if batch * fresh > MAX_QUERIES:
+        raise NotImplementedError(f"{batch * fresh} queries in one call, limit {MAX_QUERIES}")
+    rows, masked, gathered = None, False, False
+    if compressed is not None:
+        masked = compressed.words is not None
+        gathered = compressed.chosen_BTK is not None
+        rows = _store(compressed.rows, q_BTNH, _rows_tile(compressed, gathered), 4)
+        if compressed.table_BP is not None:
+            rows = rows._replace(page=_num_rows(compressed.rows))
+        if gathered and (rows.packed or channels != 512):
+            raise NotImplementedError("rows by number are plain and 512 wide only")
+    return kernel.Plan(
+        1 if gathered else kernel.pick_queries(fresh, heads),
+        heads,
+        channels,
+        _store(window.rows, q_BTNH, LANES, 2),
+        rows,
+        masked,
+        gathered,
+        turned,
+    )
+
+
+def _rows_tile(compressed: Compressed, gathered: bool) -> int:
+    if gathered:
+        return kernel.GATHER
+    size = _num_rows(compressed.rows)
+    if compressed.table_BP is None:
+        tile = next((n for n in (512, 256, 128) if size % n == 0), 0)
+        if not tile:
+            raise NotImplementedError(f"{size} compressed rows are not whole tiles of 128")
+        return tile
+    least = LANES if isinstance(compressed.rows, PackedRows) else 16
+    if size % least or not paging.fits(size, 512):
+        raise NotImplementedError(f"pages of {size} rows do not nest with tiles of 512")
+    return 512
+
+
+def _store(rows: RowStore, q_BTNH: Array, tile: int, depth: int) -> kernel.Store:
+    packed = isinstance(rows, PackedRows)
+    if isinstance(rows, PackedRows):
+        if q_BTNH.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"queries {q_BTNH.dtype} with packed rows")
+        if rows.codes.shape[-1] % BLOCK or rows.rope.shape[-1] % 16:
+            raise NotImplementedError("packed rows in whole blocks of 64 channels only")
+    elif (q_BTNH.dtype == jnp.float32) != (rows.dtype == jnp.float32):
+        raise NotImplementedError(f"queries {q_BTNH.dtype} with rows {rows.dtype}")
+    return kernel.Store(packed, tile, depth, 3 if packed else 1)
+
+
+def _columns(rows: RowStore) -> tuple[Array, ...]:
+    """Packed rows as columns, which is how the TPU keeps them anyway; plain rows as they are."""
+    if isinstance(rows, PackedRows):
+        return tuple(jnp.swapaxes(a, 2, 3) for a in rows)
+    return (rows,)
+
+
+def _whole_tiles(window: Window) -> Window:
+    """Window rows in tiles of 128; a ring of 128 rows is taken as it is."""
+    pad = -_num_rows(window.rows) % LANES
+    if not pad:
+        return window
+
+    def one(a: Array) -> Array:
+        layer = lax.dynamic_index_in_dim(a, jnp.asarray(window.layer, jnp.int32), 0)
+        return jnp.pad(layer, ((0, 0), (0, 0), (0, pad), (0, 0)))
+
+    return window._replace(rows=jax.tree.map(one, window.rows), layer=0)
+
+
+def _limits(sizes: kernel.Plan, window: Window, compressed: Compressed | None) -> kernel.Limits:
+    pad = -window.start_BT.shape[1] % sizes.queries
+
+    def blocks(x_BT: Array) -> Array:
+        return jnp.pad(x_BT.astype(jnp.int32), ((0, 0), (0, pad))).reshape(-1, sizes.queries)
+
+    start, stop = blocks(window.start_BT), blocks(window.stop_BT)
+    visible = jnp.zeros_like(start) if compressed is None else blocks(compressed.visible_BT)
+    first = jnp.where(stop > start, start, _num_rows(window.rows)).min(axis=1)
+    end = jnp.where(stop > start, stop, 0).max(axis=1)
+    tile = 1 if sizes.rows is None else sizes.rows.tile
+    layers = [window.layer, 0 if compressed is None else compressed.layer]
+    return kernel.Limits(
+        jnp.stack([jnp.asarray(n, jnp.int32) for n in layers]),
+        _slots(window).astype(jnp.int32),
+        start.reshape(-1),
+        stop.reshape(-1),
+        visible.reshape(-1),
+        first // sizes.window.tile,
+        -(-end // sizes.window.tile),
+        -(-visible.max(axis=1) // tile),
+    )
+
+
+def _slots(window: Window) -> Array:
+    return jnp.arange(len(window.start_BT)) if window.slots_B is None else window.slots_B
+
+
+def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array:
+    sizes = plan(q_BTNH, window, compressed, rotation is not None)
+    window = _whole_tiles(window)
+    chosen = table = None
+    if compressed is not None:
+        chosen = compressed.words
+        if compressed.chosen_BTK is not None:
+            keep = compressed.chosen_BTK.shape[-1]
+            chosen = jnp.pad(compressed.chosen_BTK, ((0, 0), (0, 0), (0, -keep % kernel.GATHER)))
+            chosen = chosen.reshape(-1, 1, chosen.shape[-1])
+        if compressed.table_BP is not None:
+            assert sizes.rows is not None
+            table = paging.table_blocks(compressed.table_BP, sizes.rows.page, sizes.rows.tile)
+    return kernel.sparse_attention(
+        sizes,
+        _limits(sizes, window, compressed),
+        q_BTNH,
+        sink_N.astype(jnp.float32),
+        () if rotation is None else _turn(*rotation),
+        chosen,
+        table,
+        _columns(window.rows),
+        () if compressed is None else _columns(compressed.rows),
+        interpret,
+    )
+
+
+def _turn(cos_BTr: Array, sin_BTr: Array) -> tuple[Array, Array]:
+    """cos and signed sin of the last 128 channels; those in front of the rotary ones stand still.
+
+    Raises:
+        NotImplementedError: more than 128 channels turn.
+    """
+    still = LANES - 2 * cos_BTr.shape[-1]
+    if still < 0:
+        raise NotImplementedError(f"{LANES - still} rotary channels, limit {LANES}")
+    cos = jnp.repeat(cos_BTr.astype(jnp.float32), 2, axis=-1)
+    sin_BTr = sin_BTr.astype(jnp.float32)
+    sin = jnp.stack([sin_BTr, -sin_BTr], axis=-1).reshape(cos.shape)
+    front = ((0, 0), (0, 0), (still, 0))
+    return jnp.pad(cos, front, constant_values=1), jnp.pad(sin, front)
+
+
+def _unpacked(rows: RowStore, layer: Array | int, table_BP: Array | None) -> Array:
+    if isinstance(rows, PackedRows):
+        return reference.unpack_rows(*(paging.unpaged(a, layer, table_BP) for a in rows))
+    return reference.plain_rows(paging.unpaged(rows, layer, table_BP))
+
+
+def _reference(q_BTNH, sink_N, window, compressed, rotation) -> Array:
+    rows = _unpacked(window.rows, window.layer, None)[_slots(window)][:, None]
+    index = jnp.arange(rows.shape[2])[None, None]
+    mask = (index >= window.start_BT[..., None]) & (index < window.stop_BT[..., None])
+    if compressed is not None:
+        more = _unpacked(compressed.rows, compressed.layer, compressed.table_BP)
+        if compressed.chosen_BTK is not None:
+            more = more.reshape(*more.shape[:2], -1)
+            batch = jnp.arange(more.shape[0])[:, None, None]
+            more = more[batch, compressed.chosen_BTK]
+            rows = jnp.broadcast_to(rows, (*more.shape[:2], *rows.shape[2:]))
+        else:
+            more = more[:, None]
+        index = jnp.arange(more.shape[2])[None, None]
+        shown = index < compressed.visible_BT[..., None]
+        if compressed.words is not None:
+            shown &= words_mask(compressed.words, more.shape[2])
+        rows = jnp.concatenate([rows, more], axis=2)
+        mask = jnp.concatenate([mask, shown], axis=2)
+    out = reference.attend(q_BTNH, rows, mask, sink_N)
+    if rotation is not None:
+        out = reference.turn_back(out, *(a.astype(jnp.float32) for a in rotation))
+    return out.astype(q_BTNH.dtype)

@@ -1,0 +1,439 @@
+"""Attention over window rows and compressed rows in one online softmax; keys are values.
+
+Grid: (sequence, block of Q queries). One step, with M = Q·N rows of queries and heads:
+
+    m = sink, l = 1, acc = 0                                        VMEM, never in HBM
+    window tiles of 128 rows that some query of the block sees ─┐
+    compressed tiles of 512 rows below the largest `visible` ───┤   DMA, D tiles in flight
+                                                                ▼
+       packed columns ── FP8 × scale, rope ──► K [H, tile]      (or plain rows K [tile, H])
+       S = q·K · H^-1/2, masked      [M, tile]                  one tile feeds both products
+       m, l, acc ← online softmax with p·K
+    out = acc / l ── inverse RoPE of the last channels ──► HBM, once
+
+Masks are per query: window rows [start, stop), compressed rows below `visible`, and where the
+indexer has chosen, the bits of its words. Packed rows arrive as columns (entries along lanes):
+that is how the TPU keeps arrays whose last dimension is not a multiple of 128, and it makes a
+block scale one row that broadcasts over sublanes.
+
+The gathered form has one query per step and copies its chosen rows one by one, 128 in flight
+while 128 are at work. The pool gives each row whole tiles, `[L, B, C, 4, 128]`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import paging
+
+LANES = 128
+NO_SCORE = -1e30  # finite: the running maximum starts at the sink, so exp gives exactly 0
+SPAN_TILES = 32  # lane groups in one row of mask words
+GATHER = 128  # rows fetched together
+MAX_ROWS = 1024  # query-head pairs per block
+f32, i32 = jnp.float32, jnp.int32
+
+
+class Store(NamedTuple):
+    """Static form of one array of rows."""
+
+    packed: bool
+    tile: int
+    depth: int  # tiles in VMEM, a power of two
+    num_arrays: int
+    page: int = 0  # rows of a page; 0: not paged
+
+
+class Plan(NamedTuple):
+    """Static sizes of one call."""
+
+    queries: int  # per block
+    heads: int
+    channels: int
+    window: Store
+    rows: Store | None
+    masked: bool
+    gathered: bool
+    turned: bool  # undo the rotation of the output
+
+
+def pick_queries(fresh: int, heads: int) -> int:
+    """Queries per block: all of a short chunk, else a multiple of eight."""
+    return fresh if fresh < 8 else max(min(MAX_ROWS // heads, fresh) // 8 * 8, 8)
+
+
+def decode_columns(codes: Array, scales: Array, rope: Array) -> Array:
+    """Packed rows as exact bfloat16 columns `[H, S]`: FP8 times a power of two, then the rest."""
+    powers = lax.bitcast_convert_type(scales.astype(i32) << 23, f32)
+    values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(f32)
+    blocks = []
+    for n in range(codes.shape[0] // 64):
+        part = values[64 * n : 64 * (n + 1)] * powers[n : n + 1]
+        blocks.append(part.astype(jnp.bfloat16))
+    return jnp.concatenate([*blocks, lax.bitcast_convert_type(rope, jnp.bfloat16)], axis=0)
+
+
+def _floats(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _dot(a: Array, b: Array, transposed: bool) -> Array:
+    exact = lax.Precision.HIGHEST if a.dtype == f32 else None
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=f32)
+
+
+class Stream:
+    """Tiles of one store, `depth - 1` of them on their way while one is at work."""
+
+    def __init__(
+        self, store: Store, refs, buffers, sem, layer: Array, owner: Any, first: Array, end: Array
+    ):
+        self.store, self.refs, self.buffers, self.sem = store, refs, buffers, sem
+        self.layer, self.first, self.end = layer, first, end  # tiles first … end - 1
+        self.owner = owner  # the sequence, or the SMEM table of its pages
+
+    def copies(self, tile: Array) -> list:
+        store, out = self.store, []
+        slot = tile & (store.depth - 1)
+        table_ref = self.owner if store.page else None
+        where = paging.pieces(tile, store.tile, store.page, self.owner, table_ref)
+        for n, (ref, buffer) in enumerate(zip(self.refs, self.buffers, strict=True)):
+            for piece in where:
+                source, target = ref.at[self.layer, piece.owner], buffer.at[slot]
+                rows, place = pl.ds(piece.start, piece.size), pl.ds(piece.offset, piece.size)
+                if store.packed:
+                    source, target = source.at[:, rows], target.at[:, place]
+                else:
+                    source, target = source.at[rows], target.at[place]
+                out.append(pltpu.make_async_copy(source, target, self.sem.at[n, slot]))
+        return out
+
+    def start(self, tile: Array) -> None:
+        @pl.when(tile < self.end)
+        def _():
+            for copy in self.copies(tile):
+                copy.start()
+
+    def begin(self) -> None:
+        for ahead in range(self.store.depth - 1):
+            self.start(self.first + ahead)
+
+    def take(self, tile: Array) -> Array:
+        """Columns `[H, tile]` of packed rows, else rows `[tile, H]`."""
+        self.start(tile + self.store.depth - 1)
+        for copy in self.copies(tile):
+            copy.wait()
+        slot = tile & (self.store.depth - 1)
+        if self.store.packed:
+            return decode_columns(*(buffer[slot] for buffer in self.buffers))
+        return _floats(self.buffers[0][slot])
+
+
+class Softmax:
+    """Running maximum, denominator and sum of `[Q·N]` rows, in VMEM."""
+
+    def __init__(self, plan: Plan, q_ref, sink_ref, peak_ref, total_ref, sum_ref):
+        self.plan, self.sum_ref = plan, sum_ref
+        self.peak_ref, self.total_ref = peak_ref, total_ref
+        self.q = q_ref[...].reshape(plan.queries * plan.heads, plan.channels)
+        square = (plan.heads, plan.heads)
+        diagonal = lax.broadcasted_iota(i32, square, 0) == lax.broadcasted_iota(i32, square, 1)
+        column = jnp.where(diagonal, sink_ref[...], 0.0).sum(axis=1, keepdims=True)
+        column = jnp.broadcast_to(column, (plan.heads, LANES))
+        peak_ref[...] = jnp.concatenate([column] * plan.queries, axis=0)
+        total_ref[...] = jnp.ones(total_ref.shape, f32)
+        sum_ref[...] = jnp.zeros(sum_ref.shape, f32)
+
+    def absorb(self, keys: Array, columns: bool, masks: list[Array]) -> None:
+        """Adds a tile; masks: per query, `[1 or N, tile]`."""
+        plan = self.plan
+        scores = _dot(self.q, keys, not columns) * plan.channels**-0.5
+        parts = []
+        for n, mask in enumerate(masks):
+            part = scores[n * plan.heads : (n + 1) * plan.heads]
+            parts.append(jnp.where(jnp.broadcast_to(mask, part.shape), part, NO_SCORE))
+        scores = jnp.concatenate(parts, axis=0)
+        before = self.peak_ref[:, :1]
+        peak = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+        probs, decay = jnp.exp(scores - peak), jnp.exp(before - peak)
+        total = self.total_ref[:, :1] * decay + probs.sum(axis=1, keepdims=True)
+        self.peak_ref[...] = jnp.broadcast_to(peak, self.peak_ref.shape)
+        self.total_ref[...] = jnp.broadcast_to(total, self.total_ref.shape)
+        added = _dot(probs.astype(self.q.dtype), keys, columns)
+        self.sum_ref[...] = self.sum_ref[...] * decay + added
+
+    def finish(self, out_ref, cos_ref, sin_ref) -> None:
+        """Writes the output, the last 128 channels turned back if asked."""
+        plan, dtype = self.plan, self.q.dtype
+        out = (self.sum_ref[...] / self.total_ref[:, :1]).astype(dtype)
+        if plan.turned:
+            still, last = out[:, : plan.channels - LANES], out[:, plan.channels - LANES :]
+            x = last.astype(f32)
+            even = (lax.broadcasted_iota(i32, x.shape, 1) & 1) == 0
+            other = jnp.where(even, pltpu.roll(x, LANES - 1, 1), pltpu.roll(x, 1, 1))
+            cos, sin = self.per_head(cos_ref), self.per_head(sin_ref)
+            out = jnp.concatenate([still, (x * cos + other * sin).astype(dtype)], axis=1)
+        out_ref[...] = out.reshape(out_ref.shape)
+
+    def per_head(self, ref) -> Array:
+        """`[Q·N, 128]` of a block `[1, Q, 128]`."""
+        plan = self.plan
+        rows = ref[...].reshape(plan.queries, LANES)
+        shape = (plan.heads, LANES)
+        return jnp.concatenate(
+            [jnp.broadcast_to(rows[n : n + 1], shape) for n in range(plan.queries)], axis=0
+        )
+
+
+class Limits(NamedTuple):
+    """Scalars in SMEM. Per query: window rows [start, stop), visible rows. Per block: tiles."""
+
+    layers: Array  # of the window, of the rows
+    slots: Array  # of the window, per sequence
+    start: Array
+    stop: Array
+    visible: Array
+    window_first: Array
+    window_end: Array
+    rows_end: Array
+
+
+def _body(plan: Plan, *refs) -> None:
+    limits, refs = Limits(*refs[:8]), list(refs[8:])
+    q_ref, sink_ref = refs.pop(0), refs.pop(0)
+    cos_ref, sin_ref = (refs.pop(0), refs.pop(0)) if plan.turned else (None, None)
+    chosen_ref = refs.pop(0) if plan.masked or plan.gathered else None
+    table_ref = refs.pop(0) if plan.rows and plan.rows.page else None
+    window_refs = [refs.pop(0) for _ in range(plan.window.num_arrays)]
+    rows_refs = [refs.pop(0) for _ in range(plan.rows.num_arrays)] if plan.rows else []
+    out_ref, peak_ref, total_ref, sum_ref = (refs.pop(0) for _ in range(4))
+    window_buffers = [refs.pop(0) for _ in window_refs]
+    window_sem = refs.pop(0)
+    block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
+
+    window = Stream(
+        plan.window,
+        window_refs,
+        window_buffers,
+        window_sem,
+        limits.layers[0],
+        limits.slots[pl.program_id(0)],
+        limits.window_first[block],
+        limits.window_end[block],
+    )
+    window.begin()
+    softmax = Softmax(plan, q_ref, sink_ref, peak_ref, total_ref, sum_ref)
+    if plan.gathered:
+        pool = (rows_refs[0], table_ref)
+        _gather_rows(plan, limits, block, chosen_ref, pool, refs, softmax, window)
+    elif plan.rows:
+        buffers = [refs.pop(0) for _ in rows_refs]
+        end = limits.rows_end[block]
+        owner = table_ref if plan.rows.page else pl.program_id(0)
+        sem = refs.pop(0)
+        rows = Stream(
+            plan.rows, rows_refs, buffers, sem, limits.layers[1], owner, jnp.int32(0), end
+        )
+        rows.begin()
+        _window(plan, limits, block, softmax, window)
+        _visible(plan, limits, block, chosen_ref, softmax, rows)
+    else:
+        _window(plan, limits, block, softmax, window)
+    softmax.finish(out_ref, cos_ref, sin_ref)
+
+
+def _window(plan: Plan, limits: Limits, block: Array, softmax: Softmax, window: Stream) -> None:
+    def body(tile: Array, _: int) -> int:
+        keys = window.take(tile)
+        size = plan.window.tile
+        index = tile * size + lax.broadcasted_iota(i32, (1, size), 1)
+        masks = []
+        for n in range(plan.queries):
+            at = block * plan.queries + n
+            masks.append((index >= limits.start[at]) & (index < limits.stop[at]))
+        softmax.absorb(keys, plan.window.packed, masks)
+        return 0
+
+    lax.fori_loop(window.first, window.end, body, 0)
+
+
+def _visible(
+    plan: Plan, limits: Limits, block: Array, words_ref, softmax: Softmax, rows: Stream
+) -> None:
+    """Compressed rows below `visible`, and in the mask words if there are any."""
+    size = rows.store.tile
+
+    def body(tile: Array, _: int) -> int:
+        keys = rows.take(tile)
+        index = tile * size + lax.broadcasted_iota(i32, (1, size), 1)
+        bits = _tile_bits(words_ref, tile, size) if plan.masked else None
+        masks = []
+        for n in range(plan.queries):
+            mask = index < limits.visible[block * plan.queries + n]
+            masks.append(mask if bits is None else mask & (bits[n : n + 1] > 0))
+        softmax.absorb(keys, rows.store.packed, masks)
+        return 0
+
+    lax.fori_loop(0, rows.end, body, 0)
+
+
+def _tile_bits(words_ref, tile: Array, size: int) -> Array:
+    """0 or 1 per query and entry of a tile, `[Q, tile]`; see index_topk for the order of bits."""
+    per_tile = size // LANES
+    group = tile * per_tile  # first lane group of 128 entries
+    first = pl.multiple_of((group >> 5) * LANES, LANES)
+    words = words_ref[0, :, pl.ds(first, LANES)]
+    bit = group & (SPAN_TILES - 1)
+    return jnp.concatenate([(words >> (bit + n)) & 1 for n in range(per_tile)], axis=1)
+
+
+def _gather_rows(
+    plan: Plan, limits: Limits, block: Array, index_ref, pool, scratch, softmax, window
+) -> None:
+    """The rows of one query, by their numbers: one copy each, two groups in VMEM."""
+    assert plan.rows is not None
+    page, (pool_ref, table_ref), (buffer, sem) = plan.rows.page, pool, scratch
+    count = limits.visible[block]
+    groups = (count + GATHER - 1) >> 7
+    layer, batch = limits.layers[1], pl.program_id(0)
+
+    def fetch(group: Array) -> None:
+        slot = group & 1
+
+        @pl.when(group < groups)
+        def _():
+            def one(n: Array, _: int) -> int:
+                row = index_ref[0, 0, group * GATHER + n]
+                owner = batch
+                if table_ref is not None:
+                    owner, row = table_ref[0, 0, lax.div(row, page)], lax.rem(row, page)
+                source = pool_ref.at[layer, owner, row]
+                pltpu.make_async_copy(source, buffer.at[slot, n], sem.at[slot]).start()
+                return 0
+
+            lax.fori_loop(0, GATHER, one, 0)
+
+    fetch(jnp.int32(0))
+    _window(plan, limits, block, softmax, window)
+
+    def body(group: Array, _: int) -> int:
+        fetch(group + 1)
+        slot = group & 1
+        whole = buffer.at[slot]
+        pltpu.make_async_copy(whole, whole, sem.at[slot]).wait()  # the bytes of all its rows
+        keys = _floats(buffer[slot]).reshape(GATHER, plan.channels)
+        index = group * GATHER + lax.broadcasted_iota(i32, (1, GATHER), 1)
+        softmax.absorb(keys, False, [index < count])
+        return 0
+
+    lax.fori_loop(0, groups, body, 0)
+
+
+def _buffers(store: Store, arrays: tuple[Array, ...]) -> list:
+    """VMEM for the tiles of a store, and its semaphores."""
+    shapes = []
+    for array in arrays:
+        width = array.shape[2] if store.packed else array.shape[3]
+        tile = (width, store.tile) if store.packed else (store.tile, width)
+        shapes.append(pltpu.VMEM((store.depth, *tile), array.dtype))
+    return [*shapes, pltpu.SemaphoreType.DMA((len(arrays), store.depth))]
+
+
+def _row_bytes(store: Store, arrays: tuple[Array, ...]) -> int:
+    rows = [a.shape[0] * a.shape[1] * a.shape[3 if store.packed else 2] for a in arrays]
+    return sum(a.size // n * a.dtype.itemsize for a, n in zip(arrays, rows, strict=True))
+
+
+def sparse_attention(
+    plan: Plan,
+    limits: Limits,
+    q_BTNH: Array,
+    sink_N: Array,
+    turn: tuple[Array, ...],
+    chosen: Array | None,
+    table: Array | None,
+    window: tuple[Array, ...],
+    rows: tuple[Array, ...],
+    interpret: bool | pltpu.InterpretParams,
+) -> Array:
+    """Output `[B, T, N, H]`. turn: cos and signed sin `[B, T, 128]`. chosen: mask words
+    `[B, T, W]`, or row numbers `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`.
+    window, rows: columns or rows.
+    """
+    batch, fresh, heads, channels = q_BTNH.shape
+    blocks = limits.window_end.size // batch
+    m = plan.queries * heads
+    in_specs = [
+        pl.BlockSpec((1, plan.queries, heads, channels), lambda b, t, *_: (b, t, 0, 0)),
+        pl.BlockSpec((1, heads), lambda b, t, *_: (0, 0)),
+        *(pl.BlockSpec((1, plan.queries, LANES), lambda b, t, *_: (b, t, 0)) for _ in turn),
+    ]
+    attended = batch * fresh * plan.window.tile
+    read = batch * blocks * 2 * plan.window.tile * _row_bytes(plan.window, window)
+    inputs: list[Array] = [q_BTNH, sink_N.reshape(1, heads), *turn]
+    scratch = [
+        pltpu.VMEM((m, LANES), f32),
+        pltpu.VMEM((m, LANES), f32),
+        pltpu.VMEM((m, channels), f32),
+        *_buffers(plan.window, window),
+    ]
+    width = 0 if chosen is None else chosen.shape[2]
+    if chosen is not None:
+        inputs.append(chosen)
+        read += 4 * chosen.size
+    if plan.gathered:
+        in_specs.append(
+            pl.BlockSpec(
+                (1, 1, width), lambda b, t, *_: (b * blocks + t, 0, 0), memory_space=pltpu.SMEM
+            )
+        )
+        scratch.append(pltpu.VMEM((2, GATHER, *rows[0].shape[3:]), rows[0].dtype))
+        scratch.append(pltpu.SemaphoreType.DMA((2,)))
+        attended += batch * fresh * width
+        read += batch * fresh * width * channels * rows[0].dtype.itemsize
+    elif plan.rows:
+        if plan.masked:
+            in_specs.append(pl.BlockSpec((1, plan.queries, width), lambda b, t, *_: (b, t, 0)))
+        scratch += _buffers(plan.rows, rows)
+        capacity = rows[0].shape[3 if plan.rows.packed else 2]
+        capacity *= 1 if table is None else table.shape[2]
+        attended += batch * fresh * capacity
+        read += blocks * batch * capacity * _row_bytes(plan.rows, rows)
+    if table is not None:
+        pages = table.shape[2]
+        spec = pl.BlockSpec((1, 1, pages), lambda b, t, *_: (b, 0, 0), memory_space=pltpu.SMEM)
+        in_specs.append(spec)
+        inputs.append(table)
+        read += 4 * table.size
+    in_specs += [pl.BlockSpec(memory_space=pltpu.HBM)] * (len(window) + len(rows))
+    return pl.pallas_call(
+        partial(_body, plan),
+        out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(limits),
+            grid=(batch, blocks),
+            in_specs=in_specs,
+            out_specs=pl.BlockSpec(
+                (1, plan.queries, heads, channels), lambda b, t, *_: (b, t, 0, 0)
+            ),
+            scratch_shapes=scratch,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=56 << 20
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * attended * heads * channels,
+            transcendentals=attended * heads,
+            bytes_accessed=read + 2 * q_BTNH.size * q_BTNH.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="sparse_attention_gathered" if plan.gathered else "sparse_attention",
+    )(*limits, *inputs, *paging.in_hbm((*window, *rows), interpret))
