@@ -67,8 +67,8 @@ _RELEVANT_PREFIXES = (
     "rotary_ routed_ router_ sinkhorn sliding_ swiglu_ v_ yarn_"
 ).split()
 _HARMLESS = {"num_labels", "router_aux_loss_coef", "router_jitter_noise", "layer_norm_eps"}
-_ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor"}
-_YARN_KEYS = set(
+_ROPE_KEYS: set[str] = {"rope_type", "rope_theta", "partial_rotary_factor"}
+_YARN_KEYS: set[str] = set(
     "rope_type type factor beta_fast beta_slow original_max_position_embeddings attention_factor "
     "truncate".split()
 )
