@@ -1,7 +1,7 @@
 """The fixtures must catch mistakes: typical ones are put in, and the checks must then fail.
 
-The model runs in pieces (mixing, attention, experts, head) that are compiled on their own, so that a
-mistake recompiles only what it touches.
+The model runs in pieces (mixing, attention, experts, head) that are compiled on their own, so that
+a mistake recompiles only what it touches.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """Which pieces it touches, and what it changes: configuration fields, or functions by module."""
+    """Which pieces it touches, and what it changes: configuration fields, or functions."""
 
     pieces: tuple[str, ...]
     cfg: dict = dataclasses.field(default_factory=dict)
@@ -380,21 +380,27 @@ ROUNDINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def sub_block_error(model, prompt):
+    """Error of attention or experts of a layer from their recorded input; right ones run once."""
+    recorded = load_npz("layers_p130.npz")
+    right = Pieces(model, prompt, REFERENCE)
+
+    def error(kind, layer, mistaken=False):
+        where = "attn" if kind == "attention" else "ffn"
+        x_BTD = jnp.asarray(values(recorded, f"quantised/{layer}/{where}_in"))[None]
+        pieces = Pieces(model, prompt, REFERENCE) if mistaken else right
+        got = getattr(pieces, kind)(layer, model.cfg, x_BTD)[0]
+        return rms_ratio(got, values(recorded, f"quantised/{layer}/{where}_out"))
+
+    return error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDINGS)
-def test_sub_blocks_show(name, model, prompt):
+def test_sub_blocks_show(name, sub_block_error):
     kind, layer, owner, function, wrong = ROUNDINGS[name]
-    recorded = load_npz("layers_p130.npz")
-    where = "attn" if kind == "attention" else "ffn"
-    x_BTD = jnp.asarray(values(recorded, f"quantised/{layer}/{where}_in"))[None]
-    want = values(recorded, f"quantised/{layer}/{where}_out")
-
-    def error():
-        return rms_ratio(
-            getattr(Pieces(model, prompt, REFERENCE), kind)(layer, model.cfg, x_BTD)[0], want
-        )
-
     with mock.patch.object(owner, function, wrong):
-        worst = error()
+        worst = sub_block_error(kind, layer, mistaken=True)
     print(f"rounding | {name} | {worst:.3g}")
-    assert worst > MAX_RMS >= error()
+    assert worst > MAX_RMS >= sub_block_error(kind, layer)
