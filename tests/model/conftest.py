@@ -15,8 +15,24 @@ import jax
 import pytest
 
 from dsv4_jax.numerics import Numerics
-from tests.model.support import CHUNKS, Model, Run, Runner, load_model, with_lengths
+from tests.model.support import (
+    CHUNKS,
+    PLAIN,
+    REFERENCE,
+    Model,
+    Run,
+    Runner,
+    load_model,
+    with_lengths,
+)
 
+MANY = 20  # tests that need runs, from which on all usual ones are prepared at once
+EVERY_DAY = (
+    ("checkpoint", PLAIN),
+    ("checkpoint", REFERENCE),
+    ("checkpoint_base", PLAIN),
+    ("checkpoint_base", REFERENCE),
+)
 BEGIN, END = "<!-- exactness: begin -->", "<!-- exactness: end -->"
 _ROWS: dict[str, tuple[float, float]] = {}
 
@@ -62,7 +78,9 @@ def model(models: Callable[[str], Model]) -> Model:
 
 
 @pytest.fixture(scope="package")
-def runners(models: Callable[[str], Model]) -> Iterator[Callable[[str, Numerics], Runner]]:
+def runners(
+    models: Callable[[str], Model], request: pytest.FixtureRequest
+) -> Iterator[Callable[[str, Numerics], Runner]]:
     """One runner per checkpoint and numerics: its compiled steps are reused by all tests."""
     made: dict[tuple[str, Numerics], Runner] = {}
     pool = ThreadPoolExecutor(2)  # compiling takes most of the time, and one core each
@@ -73,12 +91,21 @@ def runners(models: Callable[[str], Model]) -> Iterator[Callable[[str, Numerics]
             more = folder == "checkpoint" and not num.rounds
             prompts = with_lengths(model.prompts) if more else model.prompts
             runner = made[folder, num] = Runner(model, num, prompts)
-            for width in (runner.longest, 1, *(() if num.rounds else CHUNKS)):
+            chunks = () if num.rounds else [c for c in CHUNKS if c <= runner.longest]
+            for width in (runner.longest, 1, *chunks):
                 runner.prepare(width, pool)
         return made[folder, num]
 
+    if sum("runs" in item.fixturenames for item in request.session.items) > MANY:
+        for folder, num in EVERY_DAY:
+            get(folder, num)
     yield get
     pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_early(runners: Callable[[str, Numerics], Runner]) -> None:
+    """Compiling begins with the first test, beside tests that need none of it."""
 
 
 @pytest.fixture(scope="package")

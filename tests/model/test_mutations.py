@@ -293,7 +293,6 @@ MISTAKES = {
     ),
     "routing scale ignored": Mistake(("experts",), {"routed_scale": 1.0}),
 }
-QUICK = ("mixing",)  # pieces that compile in a second
 
 
 @pytest.fixture(scope="module")
@@ -316,13 +315,8 @@ def logits_error(pieces, cfg):
     return np.abs(got - expected["p130/prefill"]).max()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if m.pieces == QUICK else pytest.param(n, marks=pytest.mark.slow)
-        for n, m in MISTAKES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
 def test_logits_show(name, pieces, model):
     mistake = MISTAKES[name]
     kept, dropped = pieces.forget(mistake.pieces)

@@ -66,15 +66,15 @@ def test_router(blocks, model, within):
 
 def test_golden_scores():
     z = jnp.float32([-2, 0, 1, 3])
-    got = jnp.sqrt(jax.nn.softplus(z))
+    got = jax.jit(lambda z: jnp.sqrt(jax.nn.softplus(z)))(z)
     np.testing.assert_allclose(got, [0.3562696, 0.8325546, 1.1459763, 1.7460204], rtol=1e-6)
 
 
 def test_hash_routing_weighs_by_score(model):
     """One token id has the same experts everywhere, but weights that depend on its input."""
     gate = model.units["layer_00"]["ffn"]["gate"]
-    x_UD = jax.random.normal(jax.random.key(0), (2, model.cfg.dim))
-    got = moe.route(gate, x_UD, jnp.int32([7, 7]), model.cfg)
+    x_UD = np.random.default_rng(0).normal(size=(2, model.cfg.dim)).astype(np.float32)
+    got = jax.jit(partial(moe.route, cfg=model.cfg))(gate, x_UD, jnp.int32([7, 7]))
     assert got.experts_UA[0].tolist() == got.experts_UA[1].tolist()
     assert got.experts_UA[0].tolist() == sorted(gate["tid2eid"][7].tolist())
     assert not np.allclose(got.weights_UA[0], got.weights_UA[1])
@@ -113,11 +113,12 @@ def test_no_token_is_dropped(tokens, spread):
 def test_expert_clamps():
     """The gate is bounded above only, the other factor on both sides; 0 switches both off."""
     cfg = presets.tiny().replace(dim=1, expert_dim=1, expert_format=None, swiglu_limit=2.0)
-    one = jnp.ones((1, 1), jnp.float32)
+    one = np.ones((1, 1), np.float32)
 
     def expert(gate, up, limit):
-        weights = {"w1": gate * one, "w3": up * one, "w2": one}
-        return float(moe.expert(weights, one, None, cfg.replace(swiglu_limit=limit), PLAIN)[0, 0])
+        weights = {"w1": np.float32([[gate]]), "w3": np.float32([[up]]), "w2": one}
+        run = jax.jit(partial(moe.expert, cfg=cfg.replace(swiglu_limit=limit), num=PLAIN))
+        return float(run(weights, one, None)[0, 0])
 
     def silu(x):
         return x / (1 + np.exp(-x))
@@ -141,8 +142,9 @@ def test_mixing(blocks, model, within):
 
 def test_golden_mixing():
     cfg = presets.v4_flash()
-    mix_hBT = jnp.sin(0.37 * jnp.arange(24, dtype=jnp.float32))[:, None, None]
-    got = mhc.split_mixing(mix_hBT, jnp.float32([0.5, 1.5, 2.0]), jnp.zeros(24), cfg)
+    mix_hBT = np.sin(0.37 * np.arange(24)).astype(np.float32)[:, None, None]
+    split = jax.jit(partial(mhc.split_mixing, cfg=cfg))
+    got = split(mix_hBT, np.float32([0.5, 1.5, 2.0]), np.zeros(24, np.float32))
     pre, post = (
         [0.5000010, 0.5450802, 0.5834976, 0.6101288],
         [1.6333023, 1.6175014, 1.5352141, 1.3739721],
@@ -160,8 +162,8 @@ def test_golden_mixing():
 
 @pytest.mark.parametrize("iters", [1, 2, 20])
 def test_sinkhorn_ends_on_columns(iters):
-    logits = jax.random.normal(jax.random.key(iters), (4, 4, 2, 3))
-    got = mhc.sinkhorn(logits, iters, 1e-6)
+    logits = np.random.default_rng(iters).normal(size=(4, 4, 2, 3)).astype(np.float32)
+    got = jax.jit(mhc.sinkhorn, static_argnums=(1, 2))(logits, iters, 1e-6)
     np.testing.assert_allclose(got.sum(0), 1, atol=1e-5)
     rows = np.abs(np.asarray(got.sum(1)) - 1).max()
     assert rows < 1e-3 if iters == 20 else rows > 1e-3
@@ -180,9 +182,9 @@ def test_streams_in_float64(streams):
     )
     pre, post, comb = (np.asarray(x, np.float64) for x in mix)
     h32, a32 = jnp.asarray(h, jnp.float32), jnp.asarray(a, jnp.float32)
-    got = mhc.weigh_streams(h32, mix.pre_MBT, PLAIN)
+    got = jax.jit(partial(mhc.weigh_streams, num=PLAIN))(h32, mix.pre_MBT)
     np.testing.assert_allclose(got, np.einsum("mbt,btmd->btd", pre, h), atol=2e-6)
-    got = mhc.spread(a32, h32, mix, PLAIN)
+    got = jax.jit(partial(mhc.spread, num=PLAIN))(a32, h32, mix)
     want = np.einsum("kbt,btd->btkd", post, a) + np.einsum("jkbt,btjd->btkd", comb, h)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
@@ -279,9 +281,9 @@ def test_golden_rotation():
 
 
 def test_rotation_leaves_the_first_channels(model):
-    x = jax.random.normal(jax.random.key(0), (3, 10)).astype(jnp.bfloat16)
-    turn = rope.rotation(np.float32([1, 0.1]), jnp.int32([5, 6, 7]))
-    got = rope.rotate(x, turn, REFERENCE)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10)), jnp.bfloat16)
+    turn = rope.Rotation(*(jnp.full((3, 2), value, jnp.float32) for value in (0.6, 0.8)))
+    got = jax.jit(partial(rope.rotate, num=REFERENCE))(x, turn)
     np.testing.assert_array_equal(got[:, :6], x[:, :6])
     assert (np.asarray(got[:, 6:]) != np.asarray(x[:, 6:])).any()
 
@@ -333,11 +335,16 @@ def test_online_softmax(cuts):
     sink, mask = rng.normal(size=2), rng.uniform(size=(4, 20)) < 0.6
     mask[:, :6], mask[:, -1] = False, True
     q32, kv32 = jnp.asarray(q, jnp.float32)[None], jnp.asarray(kv, jnp.float32)[None]
-    state = attend.start(q32)
-    for begin, end in zip((0, *cuts), (*cuts, 20), strict=True):
-        part = jnp.asarray(mask[:, begin:end])[None]
-        state = attend.absorb(state, q32, kv32[:, begin:end], part, PLAIN)
-    got = attend.finish(state, jnp.asarray(sink, jnp.float32), PLAIN)[0]
+
+    @jax.jit
+    def run(q32, kv32, mask, sink):
+        state = attend.start(q32)
+        for begin, end in zip((0, *cuts), (*cuts, 20), strict=True):
+            part = mask[None, :, begin:end]
+            state = attend.absorb(state, q32, kv32[:, begin:end], part, PLAIN)
+        return attend.finish(state, sink, PLAIN)[0]
+
+    got = run(q32, kv32, mask, sink.astype(np.float32))
     want = attention_f64(q, np.broadcast_to(kv, (4, 20, 16)), sink, mask)
     assert relative(got, want) < ROUNDING
 

@@ -108,7 +108,7 @@ def run(cfg, units, ids):
     return np.concatenate(logits), np.concatenate(mtp_logits)
 
 
-BY_DEFAULT = ("odd sizes", "long window", "FP8 and FP4")  # compiling takes the time
+BY_DEFAULT = ("odd sizes", "FP8 and FP4")  # compiling takes the time
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dsv4_jax.cache import init_cache, init_paged_cache
 from dsv4_jax.config import Yarn
 from dsv4_jax.model import decode_step, forward, group_params, prefill
 from dsv4_jax.numerics import Numerics
+from tests.model.oracle import Oracle
 from tests.model.support import CHUNKS, LENGTHS, PLAIN, REFERENCE, Runner, random_units, relative
 
 MAX_RELATIVE = 1e-5
@@ -108,9 +109,8 @@ def test_a_prompt_alone_equals_the_prompt_in_a_batch(model, runs, within):
     whole = runs("checkpoint", PLAIN)
     (prompt,) = [p for p in model.prompts if p.name == "p130"]
     row = [p.name for p in whole.prompts].index(prompt.name)
-    alone = Runner(model, PLAIN, [replace(prompt, decode=prompt.decode[:8])])
-    run = alone.run(64, decode=True)
-    size = len(alone.prompts[0].ids)
+    run = Runner(model, PLAIN, [prompt]).run(64, decode=False)
+    size = len(prompt.tokens)
     error = relative(run.main[0, :size], whole.main[row, :size])
     within("state: alone vs in a batch, relative", error, MAX_RELATIVE)
 
@@ -176,32 +176,6 @@ def test_the_future_is_invisible(runners):
     assert (np.asarray(mtp[row, at - 1]) != np.asarray(other_mtp[row, at - 1])).any()
 
 
-# -- storage -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Unpacked(Numerics):
-    """Reference rounding with caches that hold plain bfloat16."""
-
-    @property
-    def packed_cache(self) -> bool:
-        return False
-
-
-def test_packed_caches_change_nothing(runners, runs):
-    """FP8 and FP4 codes give back what was rounded: logits are equal to the bit."""
-    runner, run = runners("checkpoint", REFERENCE), runs("checkpoint", REFERENCE)
-    short = [replace(p, decode=p.decode[:6]) for p in runner.prompts]
-    other = Runner(runner.model, Unpacked(), short)
-    assert isinstance(runner.empty().mtp[0]["window"], store.PackedRows)
-    assert not isinstance(other.empty().mtp[0]["window"], store.PackedRows)
-    plain = other.run(other.longest, decode=True)
-    for row, prompt in enumerate(short):
-        size = len(prompt.ids)
-        np.testing.assert_array_equal(plain.main[row, :size], run.main[row, :size])
-        np.testing.assert_array_equal(plain.mtp[row, : size - 1], run.mtp[row, : size - 1])
-
-
 # -- tiles, scanning, selection: a narrow model with repeating layers ----------------------------
 
 
@@ -235,7 +209,7 @@ def narrow():
 
 @pytest.fixture(scope="module")
 def tokens_BT(narrow):
-    return jax.random.randint(jax.random.key(1), (2, 48), 0, narrow.vocab_size)
+    return jnp.asarray(np.random.default_rng(1).integers(0, narrow.vocab_size, (2, 48), np.int32))
 
 
 def paged_cache(cfg):
@@ -251,11 +225,11 @@ def paged_cache(cfg):
     )
 
 
-def narrow_logits(cfg, tokens_BT, scan=True, max_len=48, paged=False):
+def narrow_logits(cfg, tokens_BT, num=PLAIN, scan=True, max_len=48, paged=False):
     """All logits of a prefill in two unequal chunks."""
     params = group_params(cfg, random_units(cfg).__getitem__, scan)
-    cache = paged_cache(cfg) if paged else init_cache(cfg, 2, max_len, PLAIN, scan)
-    run = jax.jit(partial(prefill, cfg, PLAIN, all_logits=True))
+    cache = paged_cache(cfg) if paged else init_cache(cfg, 2, max_len, num, scan)
+    run = jax.jit(partial(prefill, cfg, num, all_logits=True))
     logits = []
     for part in (tokens_BT[:, :29], tokens_BT[:, 29:]):
         count_B = jnp.full(2, part.shape[1], jnp.int32)
@@ -267,20 +241,21 @@ def narrow_logits(cfg, tokens_BT, scan=True, max_len=48, paged=False):
 
 @pytest.fixture(scope="module")
 def narrow_reference(narrow, tokens_BT):
-    return narrow_logits(narrow, tokens_BT)
+    """Whole sequences at once."""
+    params = group_params(narrow, random_units(narrow).__getitem__)
+    return np.asarray(jax.jit(partial(forward, narrow, PLAIN))(params, tokens_BT))
 
 
 VARIANTS = {
-    "unrolled layers": {"scan": False},
-    "a larger cache": {"max_len": 3000},
-    "tiles of 4 queries and 3 rows": {"tiles": (4, 3)},
-    "rows gathered, not masked": {"dense": 0},
+    "layers unrolled, rows gathered": {"scan": False, "dense": 0},
+    "large caches, small tiles": {"max_len": 3000, "tiles": (4, 3)},
     "slots and pages": {"paged": True, "tiles": (4, 6)},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_may_not_matter(variant, narrow, tokens_BT, narrow_reference, within):
+    """Whether layers are scanned, what a cache could hold, how rows are read and where they lie."""
     options = dict(VARIANTS[variant])
     queries, rows = options.pop("tiles", (attention.QUERY_TILE, store.ROW_TILE))
     dense = options.pop("dense", attention.DENSE_FACTOR)
@@ -295,31 +270,50 @@ def test_what_may_not_matter(variant, narrow, tokens_BT, narrow_reference, withi
 
 def test_selection_matters_in_the_narrow_model(narrow, tokens_BT, narrow_reference):
     """Else the test above would show nothing about it."""
-    got = narrow_logits(narrow.replace(index_topk=12), tokens_BT)
-    error = np.abs(got - narrow_reference).max(axis=(0, 2)) / np.abs(narrow_reference).max()
-    assert error[:11].max() < MAX_RELATIVE  # up to two rows are visible
-    assert error[12:].max() > 1e-3
+    ids = np.asarray(tokens_BT[0])
+    largest = np.abs(narrow_reference[0]).max()
+    for keep, agrees in ((narrow.index_topk, True), (12, False)):
+        want = Oracle(narrow.replace(index_topk=keep), random_units(narrow)).logits(ids)
+        error = np.abs(narrow_reference[0] - want).max(axis=-1) / largest
+        assert error[:11].max() < MAX_RELATIVE  # up to two rows are visible
+        assert (error[12:].max() < MAX_RELATIVE) == agrees
 
 
-def test_decode_step_and_forward(narrow, tokens_BT, narrow_reference, within):
-    """The public forms agree: whole sequences, and single tokens of active rows."""
+def test_decoding_with_pauses(narrow, tokens_BT, narrow_reference, within):
+    """Single tokens of active rows."""
     params = group_params(narrow, random_units(narrow).__getitem__)
-    got = jax.jit(partial(forward, narrow, PLAIN))(params, tokens_BT)
-    within("state: forward, relative", relative(got, narrow_reference), MAX_RELATIVE)
-
     step = jax.jit(partial(decode_step, narrow, PLAIN), donate_argnames="cache")
     cache = init_cache(narrow, 2, 48, PLAIN)
-    at = np.zeros(2, np.int32)
+    at, ids = np.zeros(2, np.int32), np.asarray(tokens_BT)
     for turn in range(40):
         active = np.array([True, turn % 3 != 1])
-        out, cache = step(
-            params, tokens_BT[jnp.arange(2), at], cache=cache, active_B=jnp.asarray(active)
-        )
+        tokens_B = jnp.asarray(ids[np.arange(2), at])
+        out, cache = step(params, tokens_B, cache=cache, active_B=jnp.asarray(active))
         for row in np.flatnonzero(active):
-            error = relative(np.asarray(out.logits[row]), narrow_reference[row, at[row]])
+            error = np.abs(np.asarray(out.logits[row]) - narrow_reference[row, at[row]]).max()
+            error /= np.abs(narrow_reference).max()
             within("state: decoding with pauses, relative", error, MAX_RELATIVE)
         at += active
         assert cache.pos_B.tolist() == at.tolist()
+
+
+@dataclass(frozen=True)
+class Unpacked(Numerics):
+    """Reference rounding with caches that hold plain bfloat16."""
+
+    @property
+    def packed_cache(self) -> bool:
+        return False
+
+
+def test_packed_caches_change_nothing(narrow, tokens_BT):
+    """FP8 and FP4 codes give back what was rounded: logits are equal to the bit."""
+    cfg = narrow.replace(num_layers=2, compress_ratios=(4, 6))
+    caches = [init_cache(cfg, 1, 48, num).groups[0][0] for num in (REFERENCE, Unpacked())]
+    assert isinstance(caches[0]["window"], store.PackedRows)
+    assert not isinstance(caches[1]["keys"], store.PackedKeys)
+    packed, unpacked = (narrow_logits(cfg, tokens_BT, num) for num in (REFERENCE, Unpacked()))
+    np.testing.assert_array_equal(packed, unpacked)
 
 
 def test_cache_lengths_are_checked(narrow):
