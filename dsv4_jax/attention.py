@@ -7,7 +7,7 @@ the ones their indexer selects. A chunk of T new tokens from any position goes t
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
 
         cache = dict(cache)
-        recent_BSH, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
+        window, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
         query = None
         if self.ratio:
             self._compress_rows(x_BTD, chunk, cache, index)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             query = self._index_query(x_BTD, latent_BTQ, turn)
             self._compress_keys(x_BTD, chunk, cache, index)
         out_BTNH = attend_chunk(
-            q_BTNH, recent_BSH, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
+            q_BTNH, window, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
         )
         out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
         return self._project(out_BTNH), cache
@@ -105,14 +105,15 @@ class Attention(nn.Module):
         wo_a_GOg = dequantize(self.weights["wo_a"], num.jnp_dtype).reshape(
             cfg.o_groups, cfg.o_rank, cfg.group_dim
         )
-        low_BTGO = jnp.einsum(
-            "BTGg,GOg->BTGO",
+        # activations first: an einsum would transpose them
+        low_GBTO = lax.dot_general(
             out_BTGg,
             wo_a_GOg,
+            (((3,), (2,)), ((2,), (0,))),
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST,
         )
-        low_BTz = num.cast(low_BTGO).reshape(*out_BTNH.shape[:2], -1)
+        low_BTz = num.cast(jnp.moveaxis(low_GBTO, 0, 2)).reshape(*out_BTNH.shape[:2], -1)
         return linear(low_BTz, self.weights["wo_b"], num)
 
 
@@ -137,20 +138,35 @@ def round_index(x: Array, num: Numerics) -> Array:
     return fake_fp4(num.cast(hadamard(x))) if num.rounds else x
 
 
+class Window(NamedTuple):
+    """Rows around a chunk's queries and their positions; negative where there is no row."""
+
+    rows_BSH: Array
+    position_BS: Array
+
+
 def _extend_window(
     ring: store.Rows, kv_BTH: Array, index: Array, chunk: Chunk, num: Numerics
-) -> tuple[Array, store.Rows]:
-    """The window in front of the chunk followed by the chunk's rows, and the advanced ring."""
+) -> tuple[Window, store.Rows]:
+    """The window in front of the chunk followed by the chunk's rows, and the advanced ring.
+
+    Of a single token the window is the advanced ring as it lies: nothing is moved.
+    """
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
-    history = store.ring_history(ring, chunk.place(index), chunk.pos_B, length, num.jnp_dtype)
+    place, pos_B, count_B = chunk.place(index), chunk.pos_B, chunk.count_B
+    if fresh == 1:
+        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0])
+        rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
+        return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
+    history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, chunk.place(index), chunk.pos_B, chunk.count_B, recent_BSH, fresh)
-    return recent_BSH, ring
+    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH)
+    return Window(recent_BSH, pos_B[:, None] + jnp.arange(-length, fresh)[None]), ring
 
 
 def attend_chunk(
     q_BTNH: Array,
-    recent_BSH: Array,
+    window: Window,
     sink_N: Array,
     chunk: Chunk,
     cache: store.LayerCache,
@@ -167,14 +183,13 @@ def attend_chunk(
     pad = tiles * tile - fresh
 
     def padded(a: Array) -> Array:
-        return jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) if pad else a
+        edges = [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.pad(a, edges, constant_values=-1) if pad else a
 
-    q_BTNH, recent_BSH = padded(q_BTNH), padded(recent_BSH)
+    q_BTNH, window = padded(q_BTNH), Window(*map(padded, window))
     if query is not None:
         query = indexer.IndexQuery(padded(query.q_BTIJ), padded(query.w_BTI))
-    attend_tile = partial(
-        _attend_tile, recent_BSH, sink_N, chunk, cache, index, ratio, cfg, num, tile
-    )
+    attend_tile = partial(_attend_tile, window, sink_N, chunk, cache, index, ratio, cfg, num, tiles)
     if tiles == 1:
         return attend_tile(jnp.int32(0), q_BTNH, query)[:, :fresh]
 
@@ -191,7 +206,7 @@ def attend_chunk(
 
 
 def _attend_tile(
-    recent_BSH: Array,
+    window: Window,
     sink_N: Array,
     chunk: Chunk,
     cache: store.LayerCache,
@@ -199,19 +214,18 @@ def _attend_tile(
     ratio: int,
     cfg: ModelConfig,
     num: Numerics,
-    tile: int,
+    tiles: int,
     begin: Array,
     q_BTNH: Array,
     query: indexer.IndexQuery | None,
 ) -> Array:
     """Queries `begin` … `begin + tile` of the chunk over window and compressed rows."""
-    # recent_BSH holds one ring length of history, so query i stands at entry i + history
-    history = store.num_rows(cache["window"])
-    rows_BSH = lax.dynamic_slice_in_dim(recent_BSH, begin, history + tile, axis=1)
-    ago_TS = jnp.arange(tile)[:, None] + history - jnp.arange(history + tile)[None]
-    position_BS = chunk.pos_B[:, None] + begin - history + jnp.arange(history + tile)[None]
-    in_window = ((ago_TS >= 0) & (ago_TS < cfg.window))[None]
-    mask_BTS = in_window & (position_BS >= 0)[:, None]
+    tile = q_BTNH.shape[1]
+    span = window.rows_BSH.shape[1] - (tiles - 1) * tile  # what the tile's queries may see
+    rows_BSH, position_BS = (lax.dynamic_slice_in_dim(a, begin, span, axis=1) for a in window)
+    query_BT = chunk.pos_B[:, None] + begin + jnp.arange(tile)[None]
+    ago_BTS = query_BT[:, :, None] - position_BS[:, None]
+    mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (position_BS >= 0)[:, None]
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, rows_BSH, mask_BTS, num)
     if ratio:
         steps = (begin + jnp.arange(tile))[None]

@@ -316,22 +316,40 @@ def ring_history(ring: Rows, place: Place, pos_B: Array, count: int, dtype: jnp.
     return unpack(jax.tree.map(lambda a: a[place.layer, slots, entries], ring), dtype)
 
 
-def ring_write(
-    ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: Array, fresh: int
-) -> Rows:
-    """Advances a ring by the `count_B` first of `fresh` new entries.
+def ring_rows(ring: Rows, place: Place, dtype: jnp.dtype) -> Array:
+    """Rings of all sequences as they lie: `[B, ring length, H]`."""
 
-    `recent` `[B, ring length + fresh, H]` is the history in front of `pos_B`, then the new entries.
+    def whole(a: Array) -> Array:
+        layer = lax.dynamic_index_in_dim(a, place.layer, keepdims=False)
+        return layer if place.slots_B is None else layer[place.slots_B]
+
+    return unpack(jax.tree.map(whole, ring), dtype)
+
+
+def ring_positions(ring: Rows, last_B: Array) -> Array:
+    """Newest position up to `last_B` of every ring entry: `[B, ring length]`."""
+    length = num_rows(ring)
+    return last_B[:, None] - (last_B[:, None] - jnp.arange(length)[None]) % length
+
+
+def ring_push(ring: Rows, place: Place, pos_B: Array, count_B: Array, new_BH: Array) -> Rows:
+    """Puts one entry at position `pos_B` where `count_B` is not 0."""
+    length, slots = num_rows(ring), place.slots(len(pos_B))
+    entry_B = jnp.where(count_B > 0, pos_B % length, length)  # out of range: dropped
+
+    def put(a: Array, new: Array) -> Array:
+        return a.at[place.layer, slots, entry_B].set(new, mode="drop")
+
+    # kept apart: fused into its readers, the update would be made in a copy for each of them
+    return lax.optimization_barrier(jax.tree.map(put, ring, pack(ring, new_BH)))
+
+
+def ring_write(ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: Array) -> Rows:
+    """Advances a ring by the `count_B` first of several new entries.
+
+    `recent` `[B, ring length + new, H]` is the history in front of `pos_B`, then the new entries.
     """
     length, slots = num_rows(ring), place.slots(len(pos_B))
-    if fresh == 1:
-        entry_B = jnp.where(count_B > 0, pos_B % length, length)
-        new = pack(ring, recent[:, -1])
-        return jax.tree.map(
-            lambda a, x: a.at[place.layer, slots, entry_B].set(x, mode="drop"), ring, new
-        )
-    last_B1 = (pos_B + count_B - 1)[:, None]
-    newest = last_B1 - (last_B1 - jnp.arange(length)[None]) % length  # newest position of each
-    source = newest - pos_B[:, None] + length
+    source = ring_positions(ring, pos_B + count_B - 1) - pos_B[:, None] + length
     new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
     return jax.tree.map(lambda a, x: a.at[place.layer, slots].set(x), ring, new)

@@ -73,10 +73,10 @@ def weigh_streams(h_BTMD: Array, weights_MBT: Array, num: Numerics) -> Array:
 def spread(a_BTD: Array, h_BTMD: Array, mix: Mixing, num: Numerics) -> Array:
     """New streams: target k gets post[k] · a + Σ_j comb[j, k] · h[j]. The sum runs over sources."""
     post_BTM1 = jnp.moveaxis(mix.post_MBT, 0, -1)[..., None]
-    comb_MBTM1 = jnp.moveaxis(mix.comb_MMBT, 1, -1)[..., None]
+    comb_BTMM1 = jnp.moveaxis(mix.comb_MMBT, (0, 1), (2, 3))[..., None]
     total = post_BTM1 * a_BTD.astype(jnp.float32)[:, :, None]
     h32 = h_BTMD.astype(jnp.float32)
-    terms = [comb_MBTM1[j] * h32[:, :, j : j + 1] for j in range(h_BTMD.shape[2])]
+    terms = [comb_BTMM1[:, :, j] * h32[:, :, j, None] for j in range(h_BTMD.shape[2])]
     return num.cast(total + sum(terms[1:], terms[0]))
 
 

@@ -162,8 +162,12 @@ def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_
         pos_B,
         count_B,
         tokens_BT,
-        rotation(frequencies(cfg, compressed=False), positions_BT),
-        rotation(frequencies(cfg, compressed=True), positions_BT),
+        # kept apart: fused into their uses, sines would be computed for every head again
+        *lax.optimization_barrier(
+            tuple(
+                rotation(frequencies(cfg, compressed), positions_BT) for compressed in (False, True)
+            )
+        ),
         cache.slots_B,
         cache.table_BP,
     )

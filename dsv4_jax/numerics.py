@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import Array, lax
 
 from dsv4_jax.quant import ACT_BLOCK, QuantizedArray, dequantize, fake_fp8, round_to
 
+FEW_ROWS = 32  # up to these many rows a product is bound by its weights
 MODES = ("reference", "plain")
 DTYPES = ("float32", "bfloat16")
 
@@ -54,6 +56,18 @@ class Numerics:
 
 def matmul(x: Array, w: Array) -> Array:
     """`x · wᵀ` over the last dimensions, `w` `[out, in]`; float32 result of exact products."""
+    if w.ndim == 2 and 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return lax.platform_dependent(x, w, cpu=_weight_first, default=_dot)
+    return _dot(x, w)
+
+
+def _weight_first(x: Array, w: Array) -> Array:
+    """The product the other way round: the CPU backend packs the second operand in every call."""
+    flipped = _dot(w, x.reshape(-1, x.shape[-1]))
+    return lax.optimization_barrier(flipped).T.reshape(*x.shape[:-1], -1)
+
+
+def _dot(x: Array, w: Array) -> Array:
     return lax.dot_general(
         x,
         w,
