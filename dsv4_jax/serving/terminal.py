@@ -240,7 +240,7 @@ class Chat:
         try:
             kept = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError:
-            kept = None
+            kept = {}
         messages = kept.get("messages") if isinstance(kept, dict) else None
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and "role" in message for message in messages
