@@ -133,7 +133,7 @@ def test_stop(opened, how):
 
 
 def test_regenerate_and_edit_replace_what_follows(opened):
-    shown, model = opened(chat_answer("first"), chat_answer("second"), chat_answer("third"))
+    shown, model = opened(answer("first"), answer("second"), answer("third"))
     shown.send("one")
     shown.wait_done()
     shown.page.get_by_role("button", name="Regenerate").click()
@@ -191,7 +191,7 @@ def test_wrong_settings_are_not_taken(opened):
 
 
 def test_markdown(opened):
-    shown, _ = opened(chat_answer(MARKDOWN))
+    shown, _ = opened(answer(MARKDOWN))
     shown.send("q")
     shown.wait_done()
     text = shown.answer().locator(".markdown")
@@ -212,7 +212,7 @@ def test_markdown(opened):
 
 def test_streaming_draws_what_drawing_at_once_draws(opened):
     """Blocks that are drawn while they grow end as if they had been whole from the start."""
-    shown, _ = opened(chat_answer("x"))
+    shown, _ = opened(answer("x"))
     same = shown.page.evaluate(
         """(text) => {
           const grown = make("div"), whole = make("div");
@@ -225,21 +225,22 @@ def test_streaming_draws_what_drawing_at_once_draws(opened):
     assert same
 
 
-@pytest.mark.parametrize("text", ["[" * 20_000, "**a " * 8_000, "> " * 9_000, "`" * 20_000])
-def test_hostile_markdown_is_drawn_in_full(opened, text):
-    shown, _ = opened(chat_answer("x"))
+def test_hostile_markdown_is_drawn_without_getting_stuck(opened):
+    shown, _ = opened(answer("x"))
     drawn = "(text) => { const n = make('div'); markdown(n, text); return n.textContent.length }"
-    assert shown.page.evaluate(drawn, text) > 0
+    for text in ("[" * 20_000, "**a " * 8_000, "> " * 9_000, "`" * 20_000, "- " * 9_000 + "x"):
+        assert shown.page.evaluate(drawn, text) > 0, text[:4]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_script_injection_is_inert(opened, attack):
-    shown, _ = opened(answer(attack, reasoning=attack))
-    shown.send(attack)
-    shown.wait_done()
-    shown.page.reload()
-    shown.page.get_by_text("ready ·").wait_for()
+def test_script_injection_is_inert(opened):
+    shown, _ = opened(*(answer(attack, reasoning=attack) for attack in ATTACKS))
     page = shown.page
+    for attack in ATTACKS:
+        shown.send(attack)
+        shown.wait_done()
+    page.reload()
+    page.get_by_text("ready ·").wait_for()
+    assert page.locator("article").count() == 2 * len(ATTACKS)
     assert page.evaluate("window.hacked") is None
     assert page.locator("#turns :is(script, img, iframe, svg, style)").count() == 0
     links = page.locator("#turns a").evaluate_all("nodes => nodes.map((node) => node.href)")
@@ -298,7 +299,7 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(opened):
 
 
 def test_copying_and_exporting(opened):
-    shown, _ = opened(chat_answer("it's here"), permissions=["clipboard-read", "clipboard-write"])
+    shown, _ = opened(answer("it's here"), permissions=["clipboard-read", "clipboard-write"])
     page = shown.page
     shown.send("q")
     shown.wait_done()
@@ -307,14 +308,14 @@ def test_copying_and_exporting(opened):
     assert page.evaluate("navigator.clipboard.readText()") == "it's here"
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Copy as curl").click()
-    page.get_by_role("button", name="Copied").wait_for()
+    page.locator("#copy-curl", has_text="Copied").wait_for()
     command = page.evaluate("navigator.clipboard.readText()")
     assert command.startswith(f"curl {shown.url}/v1/chat/completions")
     assert "it'\\''s here" in command
     with page.expect_download() as found:
         page.get_by_role("button", name="Export JSON").click()
     with open(found.value.path(), encoding="utf-8") as file:
-        assert json.load(file)["messages"][1] == {"role": "assistant", "content": "it's here"}
+        assert json.load(file)["messages"][1]["content"] == "it's here"
 
 
 def test_a_refusal_is_readable_and_can_be_tried_again(opened):
