@@ -71,3 +71,33 @@ OPTIONS = (
         choices(PROFILES),
     ),
 )
+
+
+def page() -> str:
+    """Returns docs/settings.md."""
+    lines = [
+        "# Settings of the server",
+        "",
+        "Made from the code by `python -m dsv4_jax.serving.options > docs/settings.md`.",
+        "",
+        "A setting is a flag (`--max-len 4096`), a variable (`DSV4_MAX_LEN=4096`) or a key of the",
+        "YAML file that `--config` or `DSV4_CONFIG` names (`max-len: 4096`). A flag wins over a",
+        "variable, a variable over the file. Where several values are possible, give the flag",
+        "several times, a YAML list, or commas in the variable. `--print-config` shows what was",
+        "settled and where each value came from, as a file that `--config` reads; secrets are left",
+        "out. Unknown names are errors that offer the nearest known one.",
+    ]
+    for group in dict.fromkeys(option.group for option in OPTIONS):
+        lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
+        lines += ["| setting | variable | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| `--{o.name} {o.metavar.replace('|', ' ')}` | `{o.variable}` "
+            f"| {o.described_default} | {o.help} |"
+            for o in OPTIONS
+            if o.group == group
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

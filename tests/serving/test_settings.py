@@ -1,8 +1,10 @@
 """Settings from flags, variables and files: which wins, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
-from dsv4_jax.serving.options import OPTIONS
+from dsv4_jax.serving.options import OPTIONS, page
 from dsv4_jax.serving.settings import (
     Option,
     Resolved,
@@ -142,3 +144,9 @@ def test_every_setting_of_the_server_reads_its_own_default():
         assert option.default not in (None, ()) or option.unset, option.name
         if option.default not in (None, ()):
             assert option.read(str(option.default)) == option.default
+
+
+def test_the_settings_page_is_up_to_date():
+    kept = Path(__file__).parents[2] / "docs" / "settings.md"
+    how = "make it anew: python -m dsv4_jax.serving.options > docs/settings.md"
+    assert kept.read_text(encoding="utf-8") == page(), how
