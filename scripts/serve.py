@@ -6,7 +6,6 @@ python scripts/serve.py --checkpoint runs/v4-flash
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import logging
 import signal
@@ -15,9 +14,11 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from dsv4_jax.serving.schema import EFFORTS
+from dsv4_jax.serving.options import OPTIONS
+from dsv4_jax.serving.settings import UsageError, resolve
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.service import Service
@@ -25,44 +26,14 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parents[1] / "dsv4_jax" / "data" / "demo"
 DEMO_NOTICE = "This is a demo: a tiny model with random weights. The text it writes is noise."
 say = partial(print, flush=True)
+EPILOG = """Every setting is also a key of the --config file (max-len) and an environment variable
+(DSV4_MAX_LEN). A flag wins over a variable, a variable over the file.
+Exit status: 0 stopped, 1 failed, 2 usage."""
 DEFAULT_MAX_LEN = 131_072
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(
-        prog="serve.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status: 0 stopped, 1 failed, 2 usage.",
-    )
-    model = ap.add_argument_group("model")
-    model.add_argument("--checkpoint", metavar="DIR", help="made by convert_hf.py; default: demo")
-    model.add_argument("--max-len", type=int, metavar="N", help="context limit in tokens")
-    model.add_argument("--slots", type=int, default=8, metavar="N", help="requests at a time")
-    held = "tokens of context kept, in use or for reuse; default: two full contexts"
-    model.add_argument("--cache-tokens", type=int, metavar="N", help=held)
-    model.add_argument("--numerics", choices=("reference", "plain"), default="reference")
-    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    http = ap.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", metavar="H", help="default 127.0.0.1")
-    http.add_argument("--port", type=int, default=8000, metavar="P", help="default 8000; 0: any")
-    http.add_argument(
-        "--api-key", action="append", metavar="K", help="clients need one of these; repeatable"
-    )
-    http.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="repeatable; default: DIR's"
-    )
-    prompt = ap.add_argument_group("prompt")
-    effort = "of thinking, if a request names none; default high"
-    prompt.add_argument("--default-effort", choices=EFFORTS, default="high", help=effort)
-    profile = "the prompts the model was trained on; default auto: look at the checkpoint"
-    profiles = ("auto", "preview", "official")
-    prompt.add_argument("--prompt-profile", choices=profiles, default="auto", help=profile)
-    return ap
-
-
-def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> None:
+def load(args: SimpleNamespace, folder: str, service: Service, url: str) -> None:
     """Loads and compiles, then lets requests in and says how to send some."""
     import jax
 
@@ -116,7 +87,7 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     say(how_to_use(url, bool(args.api_key)))
 
 
-def run(args: argparse.Namespace, folder: str) -> None:
+def run(args: SimpleNamespace, folder: str) -> None:
     from dsv4_jax.serving.launch import listen, serve, url_of
     from dsv4_jax.serving.service import Service, Settings
 
@@ -131,7 +102,7 @@ def run(args: argparse.Namespace, folder: str) -> None:
     serve(service, listener, lambda: load(args, folder, service, url_of(listener)))
 
 
-def run_demo(args: argparse.Namespace) -> None:
+def run_demo(args: SimpleNamespace) -> None:
     from checkpoints.convert import convert
     from checkpoints.progress import Progress
 
@@ -142,7 +113,15 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    try:
+        found = resolve(OPTIONS, argv, prog="serve.py", description=__doc__, epilog=EPILOG)
+    except UsageError as error:
+        print(f"serve.py: error: {error}", file=sys.stderr)
+        return 2
+    if found.wants_print:
+        say(found.to_yaml())
+        return 0
+    args = found.namespace()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps

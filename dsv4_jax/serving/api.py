@@ -1,5 +1,6 @@
 """The HTTP routes."""
 
+import asyncio
 import base64
 import hashlib
 import logging
@@ -79,7 +80,11 @@ def _health(service: Service) -> Response:
 
 
 def _metrics(service: Service) -> Response:
-    return Response(service.metrics(), media_type="text/plain; version=0.0.4")
+    """The engine's metrics, and what the event loop holds."""
+    name = "dsv4:asyncio_tasks"
+    head = f"# HELP {name} Tasks of the HTTP event loop.\n# TYPE {name} gauge\n"
+    tasks = f"{head}{name} {len(asyncio.all_tasks())}\n".encode()
+    return Response(service.metrics() + tasks, media_type="text/plain; version=0.0.4")
 
 
 def _ready(service: Service) -> Response:

@@ -20,17 +20,44 @@ def test_help_is_grouped(capsys):
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert all(group in text for group in ("model:", "HTTP:", "prompt:"))
+    assert all(group in text for group in ("model:", "HTTP:", "prompt:", "default: 8000"))
 
 
 @pytest.mark.parametrize(
-    "args", [["--port", "x"], ["--dtype", "int8"], ["--default-effort", "huge"], ["extra"]]
+    ("args", "problem"),
+    [
+        (["--port", "x"], "--port 'x': must be a whole number from 0 to 65535"),
+        (["--slots", "0"], "of at least 1"),
+        (["--dtype", "int8"], "one of bfloat16, float32"),
+        (["--default-effort", "huge"], "one of none, minimal"),
+        (["--prot", "1"], "unknown argument --prot: did you mean --port?"),
+        (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
+        (["--host", ""], "must not be empty"),
+        (["--port"], "expected one argument"),
+        (["extra"], "unknown argument extra"),
+    ],
 )
-def test_usage_errors(args, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(args)
-    assert caught.value.code == 2
-    assert "serve.py: error:" in capsys.readouterr().err
+def test_usage_errors_are_one_line(args, problem, capsys):
+    assert main(args) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("serve.py: error: ") and line.count("\n") == 1
+    assert problem in line
+
+
+def test_print_config_names_every_origin(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 9000\nslots: 2\nmax_len: 512\n")
+    monkeypatch.setenv("DSV4_SLOTS", "3")
+    monkeypatch.setenv("DSV4_MAX_LEN", "600")
+    flags = ["--max-len", "700", "--api-key", "top-secret", "--print-config"]
+    assert main(["--config", str(file), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "top-secret" not in shown
+    lines = {line.split(":")[0].lstrip("# "): line.split() for line in shown.splitlines()}
+    assert lines["max-len"][1:] == ["700", "#", "flag"]
+    assert lines["slots"][1:] == ["3", "#", "environment", "DSV4_SLOTS"]
+    assert lines["port"][1:] == ["9000", "#", "file", str(file)]
+    assert lines["dtype"][1:] == ['"bfloat16"', "#", "default"]
 
 
 @pytest.mark.parametrize(

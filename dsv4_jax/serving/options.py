@@ -1,0 +1,103 @@
+"""The settings of the server, as `settings.py` reads them."""
+
+from dsv4_jax.serving.schema import EFFORTS
+from dsv4_jax.serving.settings import Option, integer, one_of
+
+NUMERICS = ("reference", "plain")
+DTYPES = ("bfloat16", "float32")
+PROFILES = ("auto", "preview", "official")
+
+
+def choices(names: tuple[str, ...]) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+OPTIONS = (
+    Option("checkpoint", "model", "made by convert_hf.py", metavar="DIR", unset="the demo"),
+    Option(
+        "max-len",
+        "model",
+        "context limit in tokens",
+        read=integer(1),
+        metavar="N",
+        unset="the model's own, at most 131072",
+    ),
+    Option("slots", "model", "requests at a time", 8, integer(1), "N"),
+    Option(
+        "cache-tokens",
+        "model",
+        "tokens of context kept, in use or for reuse",
+        read=integer(1),
+        metavar="N",
+        unset="two full contexts",
+    ),
+    Option("numerics", "model", "arithmetic", "reference", one_of(*NUMERICS), choices(NUMERICS)),
+    Option("dtype", "model", "of activations", "bfloat16", one_of(*DTYPES), choices(DTYPES)),
+    Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),
+    Option("port", "HTTP", "0 takes any free one", 8000, integer(0, 65535), "P"),
+    Option(
+        "api-key",
+        "HTTP",
+        "clients need one of these; repeatable",
+        default=(),
+        metavar="K",
+        is_repeatable=True,
+        is_secret=True,
+        unset="none needed",
+    ),
+    Option(
+        "served-model-name",
+        "HTTP",
+        "name that clients use; repeatable",
+        default=(),
+        metavar="NAME",
+        is_repeatable=True,
+        unset="the folder's name",
+    ),
+    Option(
+        "default-effort",
+        "prompt",
+        f"thinking where a request names none: {', '.join(EFFORTS)}",
+        "high",
+        one_of(*EFFORTS),
+        "E",
+    ),
+    Option(
+        "prompt-profile",
+        "prompt",
+        "prompts the model was trained on; auto looks at the checkpoint",
+        "auto",
+        one_of(*PROFILES),
+        choices(PROFILES),
+    ),
+)
+
+
+def page() -> str:
+    """Returns docs/settings.md."""
+    lines = [
+        "# Settings of the server",
+        "",
+        "Made from the code by `python -m dsv4_jax.serving.options > docs/settings.md`.",
+        "",
+        "A setting is a flag (`--max-len 4096`), a variable (`DSV4_MAX_LEN=4096`) or a key of the",
+        "YAML file that `--config` or `DSV4_CONFIG` names (`max-len: 4096`). A flag wins over a",
+        "variable, a variable over the file. Where several values are possible, give the flag",
+        "several times, a YAML list, or commas in the variable. `--print-config` shows what was",
+        "settled and where each value came from, as a file that `--config` reads; secrets are left",
+        "out. Unknown names are errors that offer the nearest known one.",
+    ]
+    for group in dict.fromkeys(option.group for option in OPTIONS):
+        lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
+        lines += ["| setting | variable | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| `--{o.name} {o.metavar.replace('|', ' ')}` | `{o.variable}` "
+            f"| {o.described_default} | {o.help} |"
+            for o in OPTIONS
+            if o.group == group
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

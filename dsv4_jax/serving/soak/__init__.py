@@ -1,0 +1,1 @@
+"""Long mixed traffic against a server, while its memory, handles and pages are watched."""
