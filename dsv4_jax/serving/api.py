@@ -33,7 +33,7 @@ def create_app(service: Service) -> ASGIApp:
 
     def guarded(handler: Callable[[Service, Request], Awaitable[Any]]) -> Handler:
         async def endpoint(request: Request) -> Any:
-            service.check_key(request)
+            request.scope["dsv4.tenant"] = service.check_key(request)
             return await handler(service, request)
 
         return endpoint
