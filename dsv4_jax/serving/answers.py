@@ -16,9 +16,9 @@ from dsv4_jax.serving.choices import Choices
 from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
 from dsv4_jax.serving.events import Event, Finish
+from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.service import Service
 from dsv4_jax.serving.streams import Encoder, EventStream, unless_disconnected
-from dsv4_jax.serving.turn import Cancelled
 
 _log = logging.getLogger(__name__)
 Item = Event | Finish

@@ -17,11 +17,27 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsv4_jax.serving.anthropic.errors import error_body, is_anthropic, status_of
+from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
+from dsv4_jax.serving.completions import completions
 from dsv4_jax.serving.errors import ApiError, internal
 from dsv4_jax.serving.service import Service
+from dsv4_jax.serving.texts import detokenize, render, tokenize
 
-CHAT_PATHS = ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions")
+POSTS: dict[str, Callable[[Service, Request], Awaitable[Any]]] = {
+    **dict.fromkeys(
+        ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions"), chat_completions
+    ),
+    **dict.fromkeys(("/v1/completions", "/completions", "/beta/completions"), completions),
+    **dict.fromkeys(("/v1/messages", "/anthropic/v1/messages"), messages),
+    **dict.fromkeys(
+        ("/v1/messages/count_tokens", "/anthropic/v1/messages/count_tokens"), count_tokens
+    ),
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/v1/chat/render": render,
+}
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
 
@@ -51,7 +67,8 @@ def create_app(service: Service) -> ASGIApp:
     }
     app = Starlette(
         routes=[
-            *(Route(path, guarded(chat_completions), methods=["POST"]) for path in CHAT_PATHS),
+            *(Route(path, guarded(handler), methods=["POST"]) for path, handler in POSTS.items()),
+            Route("/v1/requests/{name}/cancel", guarded(_cancel), methods=["POST"]),
             Route("/v1/models", guarded(_models)),
             Route("/v1/models/{name:path}", guarded(_model)),
             *(Route(path, _with(service, handler)) for path, handler in open_routes.items()),
@@ -111,6 +128,12 @@ async def _model(service: Service, request: Request) -> Response:
     return JSONResponse(_entry(service, name))
 
 
+async def _cancel(service: Service, request: Request) -> Response:
+    """Ends a request by its `x-request-id` or the id of its reply; again and again if you like."""
+    name = request.path_params["name"]
+    return JSONResponse({"id": name, "cancelled": service.cancel(name)})
+
+
 def _entry(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name,
@@ -141,8 +164,12 @@ async def _page(_: Request) -> Response:
     return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    request.scope["dsv4.error"] = error.code
+    if is_anthropic(request.url.path):
+        body = {**error_body(error), "request_id": request.scope["dsv4.request_id"]}
+        return JSONResponse(body, status_of(error), error.headers)
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -152,13 +179,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         known = ApiError(404, "not_found", f"There is nothing at {shown}.")
     else:
-        known = ApiError(error.status_code, "invalid_request", f"{shown}: {error.detail}.")
-    return JSONResponse(known.body(), error.status_code, error.headers)
+        problem = f"{shown}: {error.detail}."
+        known = ApiError(error.status_code, "invalid_request", problem, headers=error.headers)
+    return await _api_error(request, known)
 
 
 async def _bug(request: Request, _: Exception) -> Response:
-    error = internal(request.scope["dsv4.request_id"])
-    return JSONResponse(error.body(), error.status, error.headers)
+    return await _api_error(request, internal(request.scope["dsv4.request_id"]))
 
 
 class _Outermost:

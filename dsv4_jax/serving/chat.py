@@ -10,11 +10,12 @@ from starlette.types import ASGIApp
 
 from dsv4_jax.serving.answers import Answering, Facts, MakeTurn, headers_of
 from dsv4_jax.serving.body import read_json
+from dsv4_jax.serving.leader import Leader
 from dsv4_jax.serving.plan import PromptPlan
 from dsv4_jax.serving.reply import Reply
 from dsv4_jax.serving.schema import ChatRequest, read_chat_request
 from dsv4_jax.serving.service import Loaded, Service
-from dsv4_jax.serving.turn import Leader, Turn
+from dsv4_jax.serving.turn import Turn
 
 
 async def chat_completions(service: Service, request: Request) -> Response | ASGIApp:

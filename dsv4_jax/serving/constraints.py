@@ -60,8 +60,9 @@ class Constrainer:
         self, rules: ToolGrammar | None, choice: ToolChoice, reply: ReplyFormat | None
     ) -> Grammar | None:
         if reply is None:
-            must_call = rules is not None and choice.mode == "required"
-            return self._compiler.compile(rules.whole_block(), "tools") if must_call else None
+            if rules is None or choice.mode != "required":
+                return None
+            return self._compiler.compile(rules.whole_block(), "tools")
         param = "response_format" + (".json_schema.schema" if reply.kind == "json_schema" else "")
         if rules is None:
             return self._compiler.compile(reply_rules(reply), param)

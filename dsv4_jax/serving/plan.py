@@ -32,6 +32,12 @@ MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 Restore = Callable[[Sequence[str]], str | None]
 
 
+def seed_of(seed: int, index: int) -> int:
+    """The seed of answer `index`; the first one's is the request's own."""
+    name = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(name[:8], "big", signed=True) if index else seed
+
+
 @dataclass(frozen=True)
 class PromptPlan:
     """Everything an answer depends on.
@@ -66,10 +72,9 @@ class PromptPlan:
 
     def choice(self, index: int) -> "PromptPlan":
         """The plan of answer `index`: with a seed, every answer gets its own."""
-        if index == 0 or self.sampling.seed is None:
+        if self.sampling.seed is None:
             return self
-        name = f"{self.sampling.seed} {index}".encode()
-        seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "big", signed=True)
+        seed = seed_of(self.sampling.seed, index)
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
 
@@ -115,7 +120,7 @@ class Planner:
         thinking = self._is_thinking(request)
         effort = self._effort(request) if thinking else None
         messages, segments = self._rendered(request, thinking, effort, restore)
-        prompt_ids = self._tokens(segments, request.max_tokens)
+        prompt_ids = self.tokens(segments, request.max_tokens)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
         return PromptPlan(
             prompt_ids=prompt_ids,
@@ -179,12 +184,19 @@ class Planner:
             raise ApiError(400, error.code, str(error), error.where) from None
         return messages, segments
 
-    def _tokens(self, segments: Sequence[Segment], requested: int | None) -> tuple[int, ...]:
+    def tokens(
+        self, segments: Sequence[Segment], requested: int | None, param: str = "messages"
+    ) -> tuple[int, ...]:
+        """Tokenises a prompt unless it is far too long; `param` names it in errors.
+
+        Raises:
+            ApiError: 400.
+        """
         self._refuse_hopeless(segments, requested)
         try:
             return tuple(self.tokenizer.encode_segments(segments))
         except TokenizerError as error:
-            raise ApiError(400, "invalid_value", str(error), "messages") from None
+            raise ApiError(400, "invalid_value", str(error), param) from None
 
     def _constraints(
         self, request: ChatRequest, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]

@@ -176,6 +176,7 @@ class ChunkEncoder:
     """Numbered items of several answers as chunks, each answer's beginning with its role."""
 
     done = DONE
+    beat = KEEP_ALIVE
 
     def __init__(self, reply: Reply, count: int) -> None:
         self._reply = reply

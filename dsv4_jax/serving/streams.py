@@ -9,11 +9,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from dsv4_jax.serving.errors import ApiError, internal
-from dsv4_jax.serving.reply import KEEP_ALIVE
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 T_in = TypeVar("T_in", contravariant=True)
+Reading = asyncio.Future[Sequence[T] | None]
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +49,7 @@ class Encoder(Protocol[T_in]):
     """How the items of a stream look."""
 
     done: bytes  # the last bytes of every stream
+    beat: bytes  # sent while there is nothing to say
 
     def encode(self, items: Sequence[T_in]) -> bytes: ...
 
@@ -60,7 +61,7 @@ class EventStream(Generic[T]):
     """An ASGI response of server-sent events.
 
     Headers wait for the first items, at most `hold_s`, so that early failures keep their status;
-    later failures become an error event. Every `beat_s` without items a comment is sent.
+    later failures become an error event. Every `beat_s` without items a sign of life is sent.
     """
 
     job: Source[T]
@@ -98,7 +99,7 @@ class EventStream(Generic[T]):
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
-    async def _send_items(self, send: Send, following: "asyncio.Future[Sequence[T] | None]") -> None:
+    async def _send_items(self, send: Send, following: "Reading[T]") -> None:
         async def send_bytes(data: bytes, is_last: bool = False) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
@@ -117,9 +118,9 @@ class EventStream(Generic[T]):
 
     async def _wait(
         self,
-        following: "asyncio.Future[Sequence[T] | None]",
+        following: "Reading[T]",
         send_bytes: Callable[[bytes], Coroutine[Any, Any, None]],
     ) -> Sequence[T] | None:
         while not (await asyncio.wait({following}, timeout=self.beat_s))[0]:
-            await send_bytes(KEEP_ALIVE)
+            await send_bytes(self.encoder.beat)
         return following.result()

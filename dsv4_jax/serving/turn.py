@@ -1,38 +1,21 @@
 """Producing one answer: tokens from the model, through parser and stop strings, to events."""
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 
+from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.events import Content, Event, Finish, Reasoning, ToolStart
+from dsv4_jax.serving.grammar.guide import GrammarGuide
+from dsv4_jax.serving.leader import Cancelled, Leader, started
 from dsv4_jax.serving.loops import LoopGuard
-from dsv4_jax.serving.model import Token, TokenGuide, TokenModel, TokenStream
+from dsv4_jax.serving.model import Token, TokenModel, TokenStream
 from dsv4_jax.serving.parser import State
 from dsv4_jax.serving.plan import Planner, PromptPlan
 from dsv4_jax.serving.stop import StopMatcher
 
 MAX_STRAY_MARKERS = 8  # each one interrupts the model; later ones are left to the parser
-PATIENCE_S = 0.1  # between looks at whether to go on waiting
-
-
-class Cancelled(Exception):
-    """Nobody waits for the answer any more."""
-
-
-class Leader:
-    """The first answer of several to one prompt: the others follow its stream."""
-
-    def __init__(self) -> None:
-        self.stream: TokenStream | None = None
-        self.has_begun = threading.Event()
-
-    def begin(self, stream: TokenStream | None) -> None:
-        """Tells the others; None if there will be no stream."""
-        if not self.has_begun.is_set():
-            self.stream = stream
-            self.has_begun.set()
 
 
 class Turn:
@@ -149,7 +132,7 @@ class Turn:
             switches.add(controls.dsml)
         return frozenset(switches)
 
-    def _next_guide(self, last: int | None) -> TokenGuide | None:
+    def _next_guide(self, last: int | None) -> GrammarGuide | None:
         """Returns the guide behind token `last`, which the parser has seen."""
         if last == self._controls.think_end:
             return self._content_guide()
@@ -159,11 +142,11 @@ class Turn:
         self.guards["stray_marker"] += 1
         return None
 
-    def _content_guide(self) -> TokenGuide | None:
+    def _content_guide(self) -> GrammarGuide | None:
         grammar = self.plan.constraints.content
         return None if grammar is None else grammar.guide()
 
-    def _sampled(self, guide: TokenGuide | None, switches: frozenset[int]) -> Generator[Token]:
+    def _sampled(self, guide: GrammarGuide | None, switches: frozenset[int]) -> Generator[Token]:
         """Yields tokens as the model continues the prompt and what is done of the answer."""
         with closing(self._started(guide, switches)) as stream:
             self._stream = stream
@@ -177,35 +160,28 @@ class Turn:
             except Exception:
                 if self._is_cancelled():
                     raise Cancelled from None
+                if guide is not None and guide.failure is not None:
+                    problem = f"the grammar of this request cannot be followed: {guide.failure}"
+                    raise invalid(None, problem, "invalid_schema") from None
                 raise
 
-    def _started(self, guide: TokenGuide | None, switches: frozenset[int]) -> TokenStream:
+    def _started(self, guide: GrammarGuide | None, switches: frozenset[int]) -> TokenStream:
         """Asks the model to continue; its answer is the leader's where there is one."""
         plan, name, done = self.plan, self._request_id, len(self.tokens)
-        stream = None
-        try:
-            stream = self._model.stream(
+        follows = None if done else self._follows
+        return started(
+            self._leads,
+            lambda: self._model.stream(
                 [*plan.prompt_ids, *self.tokens],
                 replace(plan.sampling, max_tokens=plan.max_tokens - done),
                 frozenset({self._controls.eos}) | plan.stop_ids | switches,
                 tenant=plan.tenant,
                 request_id=f"{name}+{done}" if name and done else name,
                 guide=guide,
-                after=None if done else self._followed(),
+                after=follows.wait(self._is_cancelled) if follows else None,
                 keep_output=plan.has_tools or bool(switches),
-            )
-        finally:
-            if self._leads is not None:
-                self._leads.begin(stream)
-        return stream
-
-    def _followed(self) -> TokenStream | None:
-        if self._follows is None:
-            return None
-        while not self._follows.has_begun.wait(PATIENCE_S):
-            if self._is_cancelled():
-                raise Cancelled
-        return self._follows.stream
+            ),
+        )
 
     def _must_close_reasoning(self, token: int) -> bool:
         budget = self.plan.thinking_budget

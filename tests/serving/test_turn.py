@@ -3,9 +3,10 @@
 import pytest
 
 from dsv4_jax.serving.events import Finish, Reasoning, ToolStart
+from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.schema import read_chat_request
-from dsv4_jax.serving.turn import Cancelled, Turn
+from dsv4_jax.serving.turn import Turn
 from tests.serving.completions import Parsed, block, invoke, text_parameter
 from tests.serving.fakes import FakeModel, answer, chat_answer, controls_in, ids, tokenizer
 

@@ -15,6 +15,7 @@ class GrammarGuide:
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self.failure: str | None = None  # why it cannot go on
         self._matcher = matcher
         self._words = (vocab_size + 31) // 32
 
@@ -47,4 +48,5 @@ class GrammarGuide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(self._matcher.get_error()[:500])
+            self.failure = self._matcher.get_error().partition("\n")[0][:300]
+            raise GrammarError(self.failure)

@@ -90,7 +90,8 @@ def text_lexeme(schema: Any, root: Mapping[str, Any], param: str | None) -> str:
         schema = {}
     literals = _literals(schema)
     if literals:
-        return "(" + " | ".join(json.dumps(f"{text}</", ensure_ascii=False) for text in literals) + ")"
+        ways = (json.dumps(f"{text}</", ensure_ascii=False) for text in literals)
+        return f"({' | '.join(ways)})"
     if param is None:
         return r"/(?s:.*)<\//"
     unknown = sorted(schema.keys() - _STRING_KEYWORDS - _NOTES)
