@@ -52,6 +52,23 @@ def logprob(token: int) -> float:
     return -(token % 7) / 4
 
 
+# What a model says that wants to be done.
+_OPEN, _SLASH, _DSML = ids(f"</{C.DSML}")
+_CLOSERS = set(ids('</"}]'))
+
+
+def ending(may: list[int], before: int, rng: random.Random) -> int:
+    """One of the allowed ids, as a model chooses that wants to be done."""
+    if tokenizer().eos_id in may:
+        return tokenizer().eos_id
+    if before == _OPEN and _SLASH in may:
+        return _SLASH
+    if _DSML in may:
+        return _DSML
+    liked = sorted(_CLOSERS.intersection(may)) if rng.random() < 0.8 else may
+    return rng.choice(liked or may)
+
+
 class FakeStream:
     """Tokens of one request, as a test wants them."""
 
@@ -107,15 +124,14 @@ class FakeStream:
         if guide is None:
             yield from tokens[: self.given["sampling"].max_tokens]
             return
-        rng = random.Random(0)
-        wanted = iter(tokens)
+        rng, wanted, token = random.Random(0), iter(tokens), -1
         for _ in range(self.given["sampling"].max_tokens):
-            may = allowed(guide)
+            may, before = allowed(guide), token
             token = next(wanted, -1)
             if may is not None and token not in may:
                 wanted = iter(())
                 assert may, "the guide allows nothing"
-                token = tokenizer().eos_id if tokenizer().eos_id in may else rng.choice(may)
+                token = ending(may, before, rng)
             yield token
             if token in self.given["stop_ids"]:
                 return
