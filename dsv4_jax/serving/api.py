@@ -22,6 +22,7 @@ from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
 from dsv4_jax.serving.completions import completions
 from dsv4_jax.serving.errors import ApiError, internal
+from dsv4_jax.serving.openapi import document
 from dsv4_jax.serving.service import Service
 from dsv4_jax.serving.texts import detokenize, render, tokenize
 
@@ -64,6 +65,7 @@ def create_app(service: Service) -> ASGIApp:
         "/ready": _ready,
         "/version": _version,
         "/metrics": _metrics,
+        "/openapi.json": _openapi,
     }
     app = Starlette(
         routes=[
@@ -111,11 +113,18 @@ def _ready(service: Service) -> Response:
 
 
 def _version(_: Service) -> Response:
+    return JSONResponse({"version": _own_version()})
+
+
+def _own_version() -> str:
     try:
-        version = metadata.version("dsv4_jax")
+        return metadata.version("dsv4_jax")
     except metadata.PackageNotFoundError:
-        version = "not installed"
-    return JSONResponse({"version": version})
+        return "not installed"
+
+
+def _openapi(service: Service) -> Response:
+    return JSONResponse(document(_own_version(), bool(service.settings.api_keys)))
 
 
 async def _models(service: Service, _: Request) -> Response:
