@@ -77,19 +77,16 @@ class _Choice:
         except Cancelled:
             self.reason = "cancelled"
             raise cancelled() if self._service.is_open else not_ready("draining") from None
+        except EngineFull as error:
+            raise queue_full(error.retry_after_s) from error
         except Exception as error:
-            raise _translated(error, self._service.has_failed) from error
+            if self._service.has_failed:
+                raise not_ready("engine_unhealthy") from error
+            raise
 
     def close(self) -> None:
         if self.turn is not None:
             self.turn.close()
-
-
-def _translated(error: Exception, has_failed: bool) -> Exception:
-    """What the client is told of an error of the model; itself if that is a bug of ours."""
-    if isinstance(error, EngineFull):
-        return queue_full(error.retry_after_s)
-    return not_ready("engine_unhealthy") if has_failed else error
 
 
 class Reply(Protocol):
@@ -124,17 +121,19 @@ class Answering:
         """
         jobs = self._admitted()
         names = {self.facts.request_id, self.reply.id}
+        self.service.register(names, jobs)
         if is_stream:
             settings = self.service.settings
             encoder = self.reply.encoder(len(self._choices))
             times = (settings.hold_headers_s, settings.keep_alive_s)
             stream = EventStream(jobs, encoder, self.facts.request_id, *times, self.headers)
-            return _Watched(stream, lambda: self._end(names, jobs), self.service, names, jobs)
-        self.service.register(names, jobs)
+            return _Watched(stream, lambda: self._end(names, jobs, stream.was_left))
+        was_left = False
         try:
             answer = await unless_disconnected(self.request.receive, self._whole(jobs))
+            was_left = answer is None
         finally:
-            self._end(names, jobs)
+            self._end(names, jobs, was_left)
         return answer or Response(status_code=499)
 
     def _admitted(self) -> Choices[Item]:
@@ -156,9 +155,9 @@ class Answering:
         answers = list(zip(events, ends, strict=True))
         return JSONResponse(self.reply.completion(answers), headers=self.headers)
 
-    def _end(self, names: set[str], jobs: Choices[Item]) -> None:
+    def _end(self, names: set[str], jobs: Choices[Item], was_left: bool) -> None:
         self.service.unregister(names)
-        aborted_by = "request" if jobs.was_cancelled else "client" if jobs.is_open else "-"
+        aborted_by = "request" if jobs.was_cancelled else "client" if was_left else "-"
         jobs.cancel()
         self._log_line(aborted_by)
 
@@ -198,16 +197,12 @@ def _pairs(counts: Counter[str]) -> str:
 
 @dataclass
 class _Watched:
-    """A stream that can be cancelled by name while it is sent."""
+    """A stream, and what is to be done when it has been sent."""
 
     stream: EventStream[tuple[int, Item]]
     end: Callable[[], None]
-    service: Service
-    names: set[str]
-    jobs: Choices[Item]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.service.register(self.names, self.jobs)
         try:
             await self.stream(scope, receive, send)
         finally:

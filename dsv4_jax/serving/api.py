@@ -5,6 +5,7 @@ import hashlib
 import logging
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
@@ -21,6 +22,7 @@ from dsv4_jax.serving.anthropic.errors import error_body, is_anthropic, status_o
 from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
 from dsv4_jax.serving.completions import completions
+from dsv4_jax.serving.counters import Counters
 from dsv4_jax.serving.errors import ApiError, internal
 from dsv4_jax.serving.openapi import document
 from dsv4_jax.serving.service import Service
@@ -80,7 +82,7 @@ def create_app(service: Service) -> ASGIApp:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return _Outermost(app)
+    return _Outermost(app, service.counters)
 
 
 def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
@@ -198,10 +200,11 @@ async def _bug(request: Request, _: Exception) -> Response:
 
 
 class _Outermost:
-    """Names every request (`x-request-id`, the client's own if it sent one) and logs bugs."""
+    """Names every request (`x-request-id`, the client's own if it sent one), counts, logs bugs."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, counters: Counters) -> None:
         self.app = app
+        self._counters = counters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -209,9 +212,12 @@ class _Outermost:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         name = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope["dsv4.request_id"] = name
+        start, status = time.monotonic(), 499
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
             await send(message)
 
@@ -221,3 +227,11 @@ class _Outermost:
             _log.info("%s finish=disconnected", name)
         except Exception:
             _log.exception("request %s failed", name)
+        finally:
+            path = scope["path"] if scope["path"] in _COUNTED else "other"
+            self._counters.http(path, status, time.monotonic() - start)
+            if code := scope.get("dsv4.error"):
+                self._counters.error(code)
+
+
+_COUNTED = {*POSTS, "/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/"}

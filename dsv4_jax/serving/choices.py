@@ -18,11 +18,6 @@ class Choices(Generic[T]):
         self._open = set(range(len(jobs)))
         self.was_cancelled = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there may be more items."""
-        return bool(self._open)
-
     async def next(self) -> list[tuple[int, T]] | None:
         """Waits for items of any job and returns all that are ready; None after the last ones.
 

@@ -70,10 +70,11 @@ class EventStream(Generic[T]):
     hold_s: float
     beat_s: float
     headers: dict[str, str] = field(default_factory=dict)
+    was_left: bool = field(default=False, init=False)  # the client did not wait for the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._send_all(send))
+            self.was_left = await unless_disconnected(receive, self._send_all(send)) is None
         finally:
             self.job.cancel()
 
