@@ -38,7 +38,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         service,
         request,
         facts_of(request, plan),
-        turn_makers(loaded, plan, request.scope["dsv4.request_id"]),
+        turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
         reply,
         headers_of(service, plan.warning),
     )
@@ -55,7 +55,10 @@ async def planned(
     """
     service.thread.check_room()  # before the work of tokenising
     async with service.planning:
-        return await asyncio.to_thread(loaded.planner.plan, ask, request.scope["dsv4.tenant"])
+        tenant = request.scope["dsv4.tenant"]
+        plan = await asyncio.to_thread(loaded.planner.plan, ask, tenant, service.replay)
+    service.counters.restored(plan.restored)
+    return plan
 
 
 def facts_of(request: Request, plan: PromptPlan) -> Facts:
@@ -68,7 +71,9 @@ def facts_of(request: Request, plan: PromptPlan) -> Facts:
     )
 
 
-def turn_makers(loaded: Loaded, plan: PromptPlan, request_id: str) -> list[MakeTurn]:
+def turn_makers(
+    service: Service, loaded: Loaded, plan: PromptPlan, request_id: str
+) -> list[MakeTurn]:
     """Returns what makes the answers; those after the first wait for its cached prompt."""
     leader = Leader() if plan.n > 1 else None
 
@@ -81,6 +86,7 @@ def turn_makers(loaded: Loaded, plan: PromptPlan, request_id: str) -> list[MakeT
             request_id=f"{request_id}.{index}" if index else request_id,
             leads=leader if index == 0 else None,
             follows=leader if index else None,
+            replay=service.replay,
         )
 
     return [partial(make, index) for index in range(plan.n)]

@@ -20,8 +20,10 @@ class Counters:
             prefix, "parser_recoveries", "Things the parser of completions put right.", "kind"
         )
         self._errors = self._counter(prefix, "request_errors", "Error replies, by code.", "code")
-        self._restored = self._counter(
-            prefix, "reasoning_restored", "Earlier turns whose reasoning was put back.", "how"
+        self._restored = Counter(
+            f"{prefix}answers_restored",
+            "Earlier answers put into prompts as the model said them.",
+            registry=self._registry,
         )
         self._seconds = Histogram(
             f"{prefix}http_request_duration_seconds",
@@ -47,8 +49,8 @@ class Counters:
     def error(self, code: str) -> None:
         self._errors.labels(code).inc()
 
-    def restored(self, how: str) -> None:
-        self._restored.labels(how).inc()
+    def restored(self, count: int) -> None:
+        self._restored.inc(count)
 
     def http(self, path: str, status: int, seconds: float) -> None:
         self._seconds.labels(path, str(status)).observe(seconds)

@@ -4,8 +4,9 @@ Whether thinking is on is decided here and nowhere else, so prompt and parser ca
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dsv4_jax.encoding import (
@@ -23,13 +24,13 @@ from dsv4_jax.serving.constraints import Constrainer, Constraints
 from dsv4_jax.serving.errors import ApiError, context_too_long, invalid
 from dsv4_jax.serving.grammar import GrammarCompiler
 from dsv4_jax.serving.parser import CompletionParser, ControlIds
+from dsv4_jax.serving.replay import Find, ReplayStore, spliced
 from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 MAX_ANSWER_TOKENS = 393_216
 # Names of the public API that choose a mode; they answer beside the served names.
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
-Restore = Callable[[Sequence[str]], str | None]
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -45,7 +46,8 @@ class PromptPlan:
     `effort` is the encoder's name for it; `stop` applies to content, and to reasoning if
     `stop_in_reasoning`; `thinking_budget` is the number of reasoning tokens after which reasoning
     is closed, as it is with `loop_guard` once the model repeats itself; `tenant` is who shares
-    cached prompts; `warning` is for the client.
+    cached prompts; `restored` earlier answers stand in the prompt as the model said them; `warning`
+    is for the client.
     """
 
     prompt_ids: tuple[int, ...]
@@ -64,6 +66,7 @@ class PromptPlan:
     thinking_budget: int | None
     loop_guard: bool
     tenant: str
+    restored: int
     warning: str | None
 
     @property
@@ -106,21 +109,25 @@ class Planner:
         )
 
     def plan(
-        self, request: ChatRequest, tenant: str = "", restore: Restore | None = None
+        self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
     ) -> PromptPlan:
         """Renders and tokenises; takes seconds for a very long prompt.
 
         Args:
             tenant: who may use the cached prompt, beside the user the request names.
-            restore: finds the reasoning of an earlier turn by the ids of its calls.
+            replay: knows what the model said in earlier turns.
 
         Raises:
             ApiError: 400, the conversation cannot be rendered or does not fit.
         """
         thinking = self._is_thinking(request)
         effort = self._effort(request) if thinking else None
-        messages, segments = self._rendered(request, thinking, effort, restore)
-        prompt_ids = self.tokens(segments, request.max_tokens)
+        tenant = f"{tenant}:{request.user}"
+        find = partial((replay or ReplayStore(0)).find, tenant)
+        messages, segments = self._rendered(request, thinking, effort, find)
+        self._refuse_hopeless(segments, request.max_tokens)
+        ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
+        prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
         return PromptPlan(
             prompt_ids=prompt_ids,
@@ -140,7 +147,8 @@ class Planner:
             constraints=self._constraints(request, messages, tools),
             thinking_budget=request.thinking_budget,
             loop_guard=self.loop_guard,
-            tenant=f"{tenant}:{request.user}",
+            tenant=tenant,
+            restored=restored,
             warning=self._warning(effort),
         )
 
@@ -160,7 +168,7 @@ class Planner:
         )
 
     def _rendered(
-        self, request: ChatRequest, thinking: bool, effort: str | None, restore: Restore | None
+        self, request: ChatRequest, thinking: bool, effort: str | None, find: Find
     ) -> tuple[list[dict[str, Any]], list[Segment]]:
         reply = request.reply_format
         schema = {"type": "json_schema", "json_schema": {"schema": reply and reply.value}}
@@ -171,7 +179,7 @@ class Planner:
                 show_tools=request.tool_choice.mode != "none",
                 response_format=schema if reply and reply.kind == "json_schema" else None,
                 continue_final_message=request.continue_final_message,
-                restore_reasoning=restore,
+                restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
             )
             segments = render_segments(
                 messages,
@@ -193,8 +201,11 @@ class Planner:
             ApiError: 400.
         """
         self._refuse_hopeless(segments, requested)
+        return tuple(self._encoded(param, segments))
+
+    def _encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
         try:
-            return tuple(self.tokenizer.encode_segments(segments))
+            return self.tokenizer.encode_segments(segments)
         except TokenizerError as error:
             raise ApiError(400, "invalid_value", str(error), param) from None
 

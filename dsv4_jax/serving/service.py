@@ -16,6 +16,7 @@ from dsv4_jax.serving.errors import ApiError, not_ready
 from dsv4_jax.serving.events import Event, Finish
 from dsv4_jax.serving.model import TokenModel
 from dsv4_jax.serving.plan import MODE_OF_NAME, Planner
+from dsv4_jax.serving.replay import ReplayStore
 from dsv4_jax.serving.worker import ModelThread
 
 _log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ class Settings:
     """Choices of whoever runs the server.
 
     `names` are the model's, the first one preferred; `notice` is what users should know of it.
-    `parallel` answers are made at a time; `max_waiting` more requests may wait.
+    `parallel` answers are made at a time; `max_waiting` more requests may wait. Of answers that
+    called tools, `replay_tokens` tokens are remembered to restore them in later prompts; 0: none.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,7 @@ class Settings:
     body_timeout_s: float = 60.0
     hold_headers_s: float = 5.0
     keep_alive_s: float = 10.0
+    replay_tokens: int = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Service:
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self.counters = Counters()
+        self.replay = ReplayStore(settings.replay_tokens)
         self._running: dict[str, Cancellable] = {}
         self._loaded: Loaded | None = None
         self._warned: set[str] = set()

@@ -1,5 +1,6 @@
 """Producing one answer: tokens from the model, through parser and stop strings, to events."""
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -13,6 +14,8 @@ from dsv4_jax.serving.loops import LoopGuard
 from dsv4_jax.serving.model import Token, TokenModel, TokenStream
 from dsv4_jax.serving.parser import State
 from dsv4_jax.serving.plan import Planner, PromptPlan
+from dsv4_jax.serving.replay import ReplayStore, Said
+from dsv4_jax.serving.reply import message_of
 from dsv4_jax.serving.stop import StopMatcher
 
 MAX_STRAY_MARKERS = 8  # each one interrupts the model; later ones are left to the parser
@@ -29,6 +32,7 @@ class Turn:
         is_cancelled: whether nobody waits any more.
         request_id: the engine's name for the request.
         leads, follows: the answer others follow; the one this follows.
+        replay: remembers the answer if it calls tools.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Turn:
         request_id: str | None = None,
         leads: Leader | None = None,
         follows: Leader | None = None,
+        replay: ReplayStore | None = None,
     ) -> None:
         self.plan = plan
         self.tokens: list[int] = []  # the completion, forced tokens in place of what they replaced
@@ -62,6 +67,7 @@ class Turn:
         self._is_cancelled = is_cancelled
         self._request_id = request_id
         self._leads, self._follows = leads, follows
+        self._replay = replay if plan.has_tools else None
         self._stream: TokenStream | None = None
 
     @property
@@ -74,6 +80,33 @@ class Turn:
         return self._stop.is_hit or self._reasoning_stop.is_hit
 
     def __iter__(self) -> Iterator[Event | Finish]:
+        told: list[Event] = []
+        for item in self._items():
+            if isinstance(item, Finish):
+                self._remember(told)
+            elif self._replay is not None:
+                told.append(item)
+            yield item
+
+    def _remember(self, told: list[Event]) -> None:
+        """Keeps an answer that calls tools and came to its own end."""
+        calls = [event for event in told if isinstance(event, ToolStart)]
+        begins = self.plan.prompt_ids[-1] in self._controls.all
+        if self._replay is None or not (calls and begins) or self.tokens[-1] != self._controls.eos:
+            return
+        message = message_of(told)
+        said = Said(
+            array("i", self.tokens),
+            self.plan.starts_in_reasoning,
+            message.get("reasoning", ""),
+            message["content"] or "",
+            tuple(
+                (c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]
+            ),
+        )
+        self._replay.keep(self.plan.tenant, [call.call_id for call in calls], said)
+
+    def _items(self) -> Iterator[Event | Finish]:
         has_ended = False
         with closing(self._tokens()) as tokens:
             for token in tokens:

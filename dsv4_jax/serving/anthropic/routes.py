@@ -23,7 +23,7 @@ async def messages(service: Service, request: Request) -> Response | ASGIApp:
         service,
         request,
         facts_of(request, plan),
-        turn_makers(loaded, plan, request.scope["dsv4.request_id"]),
+        turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
         MessageReply(name, len(plan.prompt_ids)),
         headers_of(service, plan.warning),
     )

@@ -118,9 +118,7 @@ _MESSAGE_ERROR = reply(
 )
 
 SCHEMAS: dict[str, Schema] = {
-    "Chat": reply(
-        {**_head("chat.completion"), "choices": list_of(_CHAT_CHOICE), "usage": _USAGE}
-    ),
+    "Chat": reply({**_head("chat.completion"), "choices": list_of(_CHAT_CHOICE), "usage": _USAGE}),
     "Completion": reply(
         {**_head("text_completion"), "choices": list_of(_TEXT_CHOICE), "usage": _USAGE}
     ),

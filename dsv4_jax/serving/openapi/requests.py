@@ -161,9 +161,7 @@ COMPLETION = asked(
 
 _BLOCK = either(
     asked({"type": one_of("text"), "text": TEXT}, ("type", "text")),
-    asked(
-        {"type": one_of("thinking"), "thinking": TEXT, "signature": TEXT}, ("type", "thinking")
-    ),
+    asked({"type": one_of("thinking"), "thinking": TEXT, "signature": TEXT}, ("type", "thinking")),
     asked({"type": one_of("redacted_thinking"), "data": TEXT}, ("type",)),
     asked(
         {"type": one_of("tool_use"), "id": TEXT, "name": TEXT, "input": OBJECT},
@@ -222,9 +220,7 @@ MESSAGES = asked(
             {"type": one_of("enabled", "disabled", "adaptive"), "budget_tokens": _LIMIT},
             ("type",),
         ),
-        "output_config": asked(
-            {"effort": one_of(*MESSAGE_EFFORTS), "format": _SCHEMA_FORMAT}, ()
-        ),
+        "output_config": asked({"effort": one_of(*MESSAGE_EFFORTS), "format": _SCHEMA_FORMAT}, ()),
         "output_format": _SCHEMA_FORMAT,
     },
     ("messages", "max_tokens"),
