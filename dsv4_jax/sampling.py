@@ -11,7 +11,7 @@ from jax import Array, lax
 
 MAX_SEED = 2**31 - 1
 MAX_BIASED = 300  # ids with a bias, per request
-MAX_TOP = 20  # logprobs per position
+MAX_LOGPROBS = 20  # logprobs per position
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ class RawTurn:
             if self._is_cancelled():
                 raise Cancelled from None
             raise
+        if self._is_cancelled():  # a closed stream just ends
+            raise Cancelled
 
     def _echo(self, stream: TokenStream) -> Iterator[Event]:
         if self.plan.echoed is not None:

@@ -7,7 +7,7 @@ from dsv4_jax.serving.fields import Fields
 
 MAX_CHOICES = 16
 MAX_BIASED = 300  # as in dsv4_jax.sampling, which needs the device library
-MAX_TOP = 20
+MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_USER_BYTES = 512
@@ -44,7 +44,7 @@ def read_choices(fields: Fields) -> int:
 
 def read_top_logprobs(fields: Fields, name: str) -> int | None:
     """Returns how many best tokens to report beside each one, None if not asked."""
-    return fields.integer(name, 0, MAX_TOP)
+    return fields.integer(name, 0, MAX_LOGPROBS)
 
 
 def read_max_tokens(fields: Fields) -> int | None:

@@ -95,6 +95,7 @@ class Turn:
         if self._replay is None or not (calls and begins) or self.tokens[-1] != self._controls.eos:
             return
         message = message_of(told)
+        functions = [call["function"] for call in message["tool_calls"]]
         said = Said(
             array("i", self.tokens),
             self.plan.starts_in_reasoning,
@@ -197,6 +198,8 @@ class Turn:
                     problem = f"the grammar of this request cannot be followed: {guide.failure}"
                     raise invalid(None, problem, "invalid_schema") from None
                 raise
+            if self._is_cancelled():  # a closed stream just ends
+                raise Cancelled
 
     def _started(self, guide: GrammarGuide | None, switches: frozenset[int]) -> TokenStream:
         """Asks the model to continue; its answer is the leader's where there is one."""

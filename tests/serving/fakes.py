@@ -100,7 +100,8 @@ class FakeStream:
             top = sampling.prompt_logprobs
             self.prompt_logprobs = [None, *(self._token(token, top) for token in prompt[1:])]
         for index, token in enumerate(self._guided(tokens)):
-            self._wait()
+            if not self._may_go_on():
+                return
             if index == model.fails_after:
                 raise RuntimeError("the model broke")
             model.streamed += 1
@@ -108,14 +109,15 @@ class FakeStream:
             if token in self.given["stop_ids"]:
                 return
 
-    def _wait(self) -> None:
+    def _may_go_on(self) -> bool:
+        """Waits at the gate; False if the stream was closed meanwhile."""
         if self._model.gate is None:
-            return
+            return True
         for _ in range(PATIENCE_S * 100):
             if self._model.gate.acquire(timeout=0.01):
-                return
+                return True
             if self._closed.is_set():
-                raise RuntimeError("closed while it was waited for")
+                return False
         raise AssertionError("the gate did not open")
 
     def _guided(self, tokens: list[int]) -> Iterator[int]:

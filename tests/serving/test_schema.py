@@ -4,7 +4,7 @@ import pytest
 
 from dsv4_jax import sampling
 from dsv4_jax.serving.errors import ApiError
-from dsv4_jax.serving.sampling_fields import MAX_BIASED, MAX_TOP
+from dsv4_jax.serving.sampling_fields import MAX_BIASED, MAX_LOGPROBS
 from dsv4_jax.serving.schema import ChatRequest, read_chat_request
 from dsv4_jax.serving.tool_fields import ReplyFormat, ToolChoice
 
@@ -161,7 +161,7 @@ def test_what_is_understood():
 
 
 def test_limits_agree_with_the_sampler():
-    assert (MAX_BIASED, MAX_TOP) == (sampling.MAX_BIASED, sampling.MAX_TOP)
+    assert (MAX_BIASED, MAX_LOGPROBS) == (sampling.MAX_BIASED, sampling.MAX_LOGPROBS)
 
 
 def test_choices_and_formats():

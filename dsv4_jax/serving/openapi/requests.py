@@ -22,7 +22,7 @@ from dsv4_jax.serving.sampling_fields import (
     MAX_CHOICES,
     MAX_STOP_CHARS,
     MAX_STOPS,
-    MAX_TOP,
+    MAX_LOGPROBS,
 )
 from dsv4_jax.serving.schema import EFFORTS
 from dsv4_jax.serving.tool_fields import FORMATS, MAX_GRAMMAR_CHARS, MAX_TOOLS
@@ -137,7 +137,7 @@ CHAT = asked(
         "parallel_tool_calls": BOOLEAN,
         "response_format": _FORMAT,
         "logprobs": BOOLEAN,
-        "top_logprobs": integer(0, MAX_TOP),
+        "top_logprobs": integer(0, MAX_LOGPROBS),
         "continue_final_message": BOOLEAN,
     },
     ("messages",),
@@ -153,7 +153,7 @@ COMPLETION = asked(
         "suffix": TEXT,
         "max_tokens": integer(0, ANY_COUNT),
         "echo": BOOLEAN,
-        "logprobs": integer(0, MAX_TOP),
+        "logprobs": integer(0, MAX_LOGPROBS),
         "add_bos": BOOLEAN,
     },
     ("prompt",),
