@@ -10,11 +10,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 MAX_SEED = 2**31 - 1
+MAX_BIASED = 300  # ids with a bias, per request
+MAX_LOGPROBS = 20  # logprobs per position
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn; `top_k` 0 and `top_p` 1 are off, `temperature` 0 takes the best.
+    """How tokens are drawn; `top_k` 0, `top_p` 1 and `min_p` 0 are off, `temperature` 0 is greedy.
+
+    Penalties count generated tokens (`repetition_penalty`: the prompt's too). `logprobs` and
+    `prompt_logprobs` ask for that many best tokens beside the one that is there; None is off.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -25,9 +30,16 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens < (1 if self.prompt_logprobs is None else 0):
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be finite and not negative")
