@@ -101,7 +101,7 @@ class Turn:
             for token in stream:
                 if self._is_cancelled():
                     raise Cancelled
-                yield token
+                yield token.id
 
     def _must_close_reasoning(self, token: int) -> bool:
         if token == self._controls.eos:

@@ -9,6 +9,7 @@ from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.metrics import Metrics
+from dsv4_jax.serving.model import Token
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service, Settings
 from dsv4_jax.tokenizer import Tokenizer
@@ -54,13 +55,13 @@ class FakeModel:
 
     def stream(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, stop_ids: frozenset[int]
-    ) -> Generator[int]:
+    ) -> Generator[Token]:
         self.prompts.append(list(prompt_ids))
         self.sampling.append(sampling)
         says = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         return self._tokens(ids(says)[: sampling.max_tokens], stop_ids)
 
-    def _tokens(self, tokens: list[int], stop_ids: frozenset[int]) -> Generator[int]:
+    def _tokens(self, tokens: list[int], stop_ids: frozenset[int]) -> Generator[Token]:
         self.started.set()
         try:
             for index, token in enumerate(tokens):
@@ -69,7 +70,7 @@ class FakeModel:
                 if index == self.fails_after:
                     raise RuntimeError("the model broke")
                 self.streamed += 1
-                yield token
+                yield Token(token)
                 if token in stop_ids:
                     return
         finally:
