@@ -7,20 +7,17 @@ import threading
 import jax.monitoring
 
 _EVENT = "/jax/core/compile/backend_compile_duration"  # fires for loads from the cache too
+_thread = threading.local()
 
 
-class CompileCounter:
-    """Programs this process compiled or loaded since it began, on whatever thread."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_s: float, **_: str | int) -> None:
-        if event == _EVENT:
-            with self._lock:
-                self.total += 1
+def _listen(event: str, duration_s: float, **_: str | int) -> None:
+    if event == _EVENT:
+        _thread.count = compiled_here() + 1
 
 
-compiles = CompileCounter()  # JAX keeps its listeners for good, so there is one for all engines
+def compiled_here() -> int:
+    """Programs that this thread has compiled or loaded since it began."""
+    return getattr(_thread, "count", 0)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)

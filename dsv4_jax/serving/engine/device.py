@@ -235,7 +235,11 @@ def copy_pages(state: State, sources_K: Array, targets_K: Array) -> State:
 def read_pages(state: State, pages_K: Array) -> Rings:
     """The rows of pages, by layer: `[repeats, K, ...]`."""
     return [
-        {name: jax.tree.map(lambda a: a[:, pages_K], layer[name]) for name in POOLS if name in layer}
+        {
+            name: jax.tree.map(lambda a: a[:, pages_K], layer[name])
+            for name in POOLS
+            if name in layer
+        }
         for layer in layers_of(state.cache)
     ]
 

@@ -77,6 +77,12 @@ class HostMemory:
         """Call it when a step has come back, so that copies do not stay on the device."""
         self._copies.settle()
 
+    def clear(self) -> None:
+        """Forgets the prefixes; preempted requests stay."""
+        self._entries.clear()
+        self._sizes.clear()
+        self.used = 0
+
     # Second tier of the prefix cache.
 
     def save_page(self, units: Sequence[Unit], page: int) -> None:

@@ -18,7 +18,7 @@ from dsv4_jax.model import Params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.checkpoints import CheckpointPool
-from dsv4_jax.serving.engine.compiles import compiles
+from dsv4_jax.serving.engine.compiles import compiled_here
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import FAILED, Programs, Sizes
 from dsv4_jax.serving.engine.host_memory import HostMemory
@@ -114,7 +114,7 @@ class Engine:
         self._ids = itertools.count()
         self._stopping = False
         self.failure: BaseException | None = None
-        self._compiled = 0
+        self._compiled = 0  # by the engine's thread
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = Watchdog(step_timeout_s, self._busy_for, self._stuck)
@@ -123,7 +123,6 @@ class Engine:
 
     def start(self) -> None:
         """Starts the engine's thread; call `warm_up` first. From here on nothing may compile."""
-        self._compiled = compiles.total
         self._thread.start()
         self._watchdog.start()
 
@@ -236,9 +235,9 @@ class Engine:
             request.payload.out.put(request.finish_reason)
 
     def _count_compiles(self) -> None:
-        if compiles.total > self._compiled:
-            self.metrics.count("compilations_after_ready", compiles.total - self._compiled)
-            self._compiled = compiles.total
+        if (total := compiled_here()) > self._compiled:
+            self.metrics.count("compilations_after_ready", total - self._compiled)
+            self._compiled = total
 
     def _launch(self, plan: StepPlan) -> Step:
         """Queues a step on the device."""

@@ -179,9 +179,7 @@ class Runner:
         for i, row in enumerate(plan.prefill):
             rows_B3[i] = row.start, len(row.tokens), row.samples
         batch, failed = self._batch(plan.prefill, rows_B3)
-        sampled, scores = self._launch_prefill(
-            batch, plan.prefill, plan.prefill_batch, plan.chunk
-        )
+        sampled, scores = self._launch_prefill(batch, plan.prefill, plan.prefill_batch, plan.chunk)
         return Launched(plan.prefill, sampled, scores, failed)
 
     def _launch_prefill(
@@ -272,4 +270,3 @@ class Runner:
             jax.device_put(knobs_of([], size)),
             self._constant((size, mask_words(self.programs.vocab_size)), EVERYTHING, np.uint32),
         )
-

@@ -12,20 +12,9 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine, EngineError
 from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
+from tests.serving.engine.conftest import MAX_LEN
 
-MAX_LEN, NEW = 1024, 12
-
-
-@pytest.fixture(scope="module")
-def engine():
-    cfg, num = presets.tiny().replace(max_len=MAX_LEN), Numerics()
-    params = init_params(cfg, jax.random.key(0))
-    scheduling, sizes = plan_sizes(cfg, MAX_LEN, slots=3)
-    engine = Engine(cfg, num, params, scheduling, sizes, "test")
-    engine.warm_up()
-    engine.start()
-    yield engine
-    engine.stop()
+NEW = 12
 
 
 def prompts(seed: int) -> list[list[int]]:
