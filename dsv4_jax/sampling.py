@@ -187,8 +187,8 @@ def sample(
     logits_V: Array, key: Array, position: Array, temperature: Array, top_p: Array, top_k: Array
 ) -> Array:
     """One token id (int32 scalar) from float32 logits; see `draw`."""
-    one = (x[None] for x in (logits_V, key, position, temperature, top_p, top_k))
-    return draw(*one, jnp.zeros(1))[0]
+    one = [x[None] for x in (logits_V, key, position, temperature, top_p, top_k)]
+    return draw(*one, min_p_B=jnp.zeros(1))[0]
 
 
 def sample_rows(

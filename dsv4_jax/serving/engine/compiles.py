@@ -10,7 +10,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"  # fires for loads from th
 _thread = threading.local()
 
 
-def _listen(event: str, duration_s: float, **_: str | int) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == _EVENT:
         _thread.count = compiled_here() + 1
 

@@ -207,8 +207,14 @@ class Engine:
             log.exception("the engine stopped")
             self.failure = self.failure or error
         self._busy_since = None
+        self._end_all(self.failure)
+
+    def _end_all(self, failure: BaseException | None) -> None:
+        """Ends every request: with an error, or because the engine shuts down."""
         with self._lock:
-            self.scheduler.abort_all(FinishReason.ERROR if self.failure else FinishReason.SHUTDOWN)
+            for request in self.scheduler.requests():
+                request.payload.error = request.payload.error or failure
+            self.scheduler.abort_all(FinishReason.ERROR if failure else FinishReason.SHUTDOWN)
             self._report()
 
     def _loop(self) -> None:
@@ -256,7 +262,7 @@ class Engine:
             for part in (*plan.starts, *plan.prefill, *plan.decode):
                 self._fail(part.request, error)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         request.payload.error = request.payload.error or error
         self.scheduler.finish(request, FinishReason.ERROR)
 
@@ -276,7 +282,8 @@ class Engine:
                 tokens[row.slot], places[row.request] = token, (part, i)
                 if (error := self._error_of(row, token, part)) is None:
                     failed.remove(row.slot)
-                row.request.payload.error = error
+                else:
+                    row.request.payload.error = error
         with self._lock:
             deliveries = self.scheduler.complete(plan.step, tokens, failed)
         for delivery in deliveries:
@@ -316,7 +323,4 @@ class Engine:
     def _stuck(self, reason: EngineStuck) -> None:
         """Gives up on the engine's thread, which never holds the lock while it waits."""
         self.failure = reason
-        with self._lock:
-            for request in list(self.scheduler.requests()):
-                self._fail(request, reason)
-            self._report()
+        self._end_all(reason)

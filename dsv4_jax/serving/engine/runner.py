@@ -212,23 +212,22 @@ class Runner:
 
     def _fixed_of(self, rows: Sequence[Row], size: int) -> _Fixed:
         """What stays on the device from step to step while the same requests run."""
-        key = tuple((row.slot, row.request) for row in rows)
-        kind = type(rows[0])
+        key, kind = tuple((row.slot, row.request) for row in rows), type(rows[0])
         last = self._fixed.get(kind)
-        is_known = last is not None and last.rows == key and len(last.slots_B) == size
-        if is_known and last.tables == self._tables_version:
+        if last is not None and (last.rows != key or len(last.slots_B) != size):
+            last = None
+        if last is not None and last.tables == self._tables_version:
             return last
-        slots_B = np.full(size, self._scratch, np.int32)
-        slots_B[: len(rows)] = [row.slot for row in rows]
-        table_BP = jax.device_put(self._tables[slots_B])
-        if is_known:
-            slots_B, knobs = last.slots_B, last.knobs
-        else:
+        slots = np.full(size, self._scratch, np.int32)
+        slots[: len(rows)] = [row.slot for row in rows]
+        if last is None:
             payloads = [row.request.payload for row in rows]
             values = [(payload.sampling, payload.key_2) for payload in payloads]
-            slots_B, knobs = jax.device_put((slots_B, knobs_of(values, size)))
-        fixed = _Fixed(key, self._tables_version, slots_B, table_BP, knobs)
-        self._fixed[kind] = fixed
+            slots_B, knobs = jax.device_put((slots, knobs_of(values, size)))
+        else:
+            slots_B, knobs = last.slots_B, last.knobs
+        table_BP = jax.device_put(self._tables[slots])
+        fixed = self._fixed[kind] = _Fixed(key, self._tables_version, slots_B, table_BP, knobs)
         return fixed
 
     def _masks(self, rows: Sequence[Row], size: int) -> tuple[Any, dict[int, Exception]]:
