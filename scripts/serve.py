@@ -41,6 +41,7 @@ def load(args: SimpleNamespace, folder: str, service: Service, url: str) -> None
     from checkpoints.store import load_config
     from dsv4_jax import encoding
     from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.compile_cache import use_compile_cache
     from dsv4_jax.serving.engine.loop import Engine
     from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
     from dsv4_jax.serving.launch import fingerprint, how_to_use
@@ -63,6 +64,8 @@ def load(args: SimpleNamespace, folder: str, service: Service, url: str) -> None
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
     say(f"numbers  {args.numerics} numerics, {args.dtype}")
+    if (cache := use_compile_cache(args.compile_cache)) is not None:
+        say(f"programs {cache} (--compile-cache)")
 
     def progress(done: int, total: int) -> None:
         service.percent = 80 * done // total
@@ -75,7 +78,16 @@ def load(args: SimpleNamespace, folder: str, service: Service, url: str) -> None
     name = fingerprint(weights, how.encode())
     num = Numerics(args.numerics, args.dtype)
     say(f"memory   {memory_plan(cfg, num, params, sizes)}")
-    engine = Engine(cfg, num, params, scheduling, sizes, name)
+    engine = Engine(
+        cfg,
+        num,
+        params,
+        scheduling,
+        sizes,
+        name,
+        host_cache_bytes=int(args.host_cache_gib * (1 << 30)),
+        step_timeout_s=args.step_timeout,
+    )
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
@@ -99,7 +111,8 @@ def run(args: SimpleNamespace, folder: str) -> None:
     service = Service(
         Settings(tuple(names), notice, tuple(args.api_key or ()), parallel=args.slots)
     )
-    serve(service, listener, lambda: load(args, folder, service, url_of(listener)))
+    url = url_of(listener)
+    serve(service, listener, lambda: load(args, folder, service, url), args.drain_timeout)
 
 
 def run_demo(args: SimpleNamespace) -> None:
@@ -125,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in the end, as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
     except (ValueError, OSError) as error:
