@@ -196,13 +196,14 @@ def attend_chunk(
     def cut(a: Array, begin: Array) -> Array:
         return lax.dynamic_slice_in_dim(a, begin, tile, axis=1)
 
-    def one(step: Array) -> Array:
+    def body(step: Array, q_BTNH: Array) -> Array:
+        """The tile's outputs take the place of its queries."""
         begin = step * tile
         part = query and indexer.IndexQuery(cut(query.q_BTIJ, begin), cut(query.w_BTI, begin))
-        return attend_tile(begin, cut(q_BTNH, begin), part)
+        out = attend_tile(begin, cut(q_BTNH, begin), part)
+        return lax.dynamic_update_slice_in_dim(q_BTNH, out, begin, axis=1)
 
-    out = jnp.moveaxis(lax.map(one, jnp.arange(tiles)), 0, 1)
-    return out.reshape(out.shape[0], tiles * tile, *out.shape[3:])[:, :fresh]
+    return lax.fori_loop(0, tiles, body, q_BTNH)[:, :fresh]
 
 
 def _attend_tile(

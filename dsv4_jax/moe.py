@@ -129,16 +129,14 @@ def routed_sum(
     weight_slot = jnp.zeros(capacity).at[slot_Y].set(routing.weights_UA.reshape(-1), mode="drop")
     last_tile_E = jnp.cumsum(tiles_E)
 
-    def body(step: Array, out: Array) -> Array:
+    def body(step: Array, slots: Array) -> Array:
+        """A tile's outputs take the place of its inputs."""
         which = jnp.searchsorted(last_tile_E, step, side="right")
-        token, weight = (
-            lax.dynamic_slice_in_dim(a, step * tile, tile) for a in (token_slot, weight_slot)
-        )
-        part = expert(weights, x_UD[token], weight, cfg, num, which)
-        return lax.dynamic_update_slice_in_dim(out, part, step * tile, axis=0)
+        x, weight = (lax.dynamic_slice_in_dim(a, step * tile, tile) for a in (slots, weight_slot))
+        part = expert(weights, x, weight, cfg, num, which)
+        return lax.dynamic_update_slice_in_dim(slots, part, step * tile, axis=0)
 
-    out = jnp.zeros((capacity, x_UD.shape[1]), num.jnp_dtype)
-    out = lax.fori_loop(0, last_tile_E[-1], body, out)
+    out = lax.fori_loop(0, last_tile_E[-1], body, x_UD[token_slot])
     picked = out.at[slot_Y].get(mode="fill", fill_value=0).reshape(tokens, per_token, -1)
     total = picked[:, 0].astype(jnp.float32)
     for a in range(1, per_token):
