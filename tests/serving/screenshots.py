@@ -126,6 +126,7 @@ def streaming(browser: Any, path: Path) -> None:
         shown.send(QUESTION)
         gate.release(len(THOUGHTS) * 3 // 4)
         shown.answer().get_by_text(THOUGHTS[-110:-80]).wait_for()
+        shown.answer().get_by_text("Thinking… 2 s").wait_for()
         shoot(shown, path)
         gate.release(10**6)
 
