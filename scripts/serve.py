@@ -2,16 +2,15 @@
 
 python scripts/serve.py                            the demo, on http://127.0.0.1:8000
 python scripts/serve.py --checkpoint runs/v4-flash
+python scripts/serve.py --checkpoint runs/v4-flash --dry-run    only what it would take
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import signal
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,90 +28,41 @@ say = partial(print, flush=True)
 EPILOG = """Every setting is also a key of the --config file (max-len) and an environment variable
 (DSV4_MAX_LEN). A flag wins over a variable, a variable over the file.
 Exit status: 0 stopped, 1 failed, 2 usage."""
-DEFAULT_MAX_LEN = 131_072
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-def load(args: SimpleNamespace, folder: str, service: Service, url: str) -> None:
-    """Loads and compiles, then lets requests in and says how to send some."""
-    import jax
-
-    from checkpoints.load import load_checkpoint
-    from checkpoints.store import load_config
-    from dsv4_jax import encoding
-    from dsv4_jax.numerics import Numerics
-    from dsv4_jax.serving.compile_cache import use_compile_cache
-    from dsv4_jax.serving.engine.loop import Engine
-    from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
-    from dsv4_jax.serving.launch import fingerprint, how_to_use
-    from dsv4_jax.serving.plan import Planner
-    from dsv4_jax.tokenizer import Tokenizer
-
-    start = time.monotonic()
-    cfg, tokenizer = load_config(folder), Tokenizer.from_dir(folder)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        sizes = f"{tokenizer.vocab_size} ids, the model {cfg.vocab_size}"
-        raise ValueError(f"{tokenizer.source} belongs to another model: it has {sizes}")
-    max_len = min(cfg.max_len, DEFAULT_MAX_LEN) if args.max_len is None else args.max_len
-    if not 1 <= max_len <= cfg.max_len:
-        raise ValueError(f"--max-len {max_len} must lie between 1 and the model's {cfg.max_len}")
-    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
-    auto = args.prompt_profile == "auto"
-    profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
-    say(f"model    {service.settings.names[0]}: {cfg.num_layers} layers, {args.checkpoint or DEMO}")
-    say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
-    say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
-    say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
-    say(f"numbers  {args.numerics} numerics, {args.dtype}")
-    if (cache := use_compile_cache(args.compile_cache)) is not None:
-        say(f"programs {cache} (--compile-cache)")
-
-    def progress(done: int, total: int) -> None:
-        service.percent = 80 * done // total
-        is_last = done == total or not sys.stdout.isatty()
-        say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
-
-    cfg, params = load_checkpoint(folder, progress=progress)
-    weights = Path(folder, "manifest.json").read_bytes()
-    how = f"{profile} {args.numerics} {args.dtype}"
-    name = fingerprint(weights, how.encode())
-    num = Numerics(args.numerics, args.dtype)
-    say(f"memory   {memory_plan(cfg, num, params, sizes)}")
-    engine = Engine(
-        cfg,
-        num,
-        params,
-        scheduling,
-        sizes,
-        name,
-        host_cache_bytes=int(args.host_cache_gib * (1 << 30)),
-        step_timeout_s=args.step_timeout,
-    )
-    say("compiling …")
-    service.phase = "compiling"
-    engine.warm_up()
-    engine.start()
-    atexit.register(engine.stop)
-    planner = Planner(tokenizer, profile, max_len, args.default_effort)
-    service.ready(planner, engine, name)
-    say(f"ready after {time.monotonic() - start:.0f} s\n")
-    say(how_to_use(url, bool(args.api_key)))
 
 
 def run(args: SimpleNamespace, folder: str) -> None:
     from dsv4_jax.serving.launch import listen, serve, url_of
     from dsv4_jax.serving.service import Service, Settings
 
-    names = args.served_model_name or [Path(args.checkpoint or "dsv4-demo").resolve().name]
+    names = args.served_model_name or (Path(args.checkpoint or "dsv4-demo").resolve().name,)
+    if args.dry_run:
+        return load(args, folder, names[0])
     listener = listen(args.host, args.port)
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
     notice = None if args.checkpoint else DEMO_NOTICE
-    service = Service(
-        Settings(tuple(names), notice, tuple(args.api_key or ()), parallel=args.slots)
-    )
+    service = Service(Settings(names, notice, args.api_key, parallel=args.slots))
     url = url_of(listener)
-    serve(service, listener, lambda: load(args, folder, service, url), args.drain_timeout)
+    serve(
+        service,
+        listener,
+        lambda: load(args, folder, names[0], service, url),
+        args.drain_timeout,
+    )
+
+
+def load(
+    args: SimpleNamespace, folder: str, name: str, service: Service | None = None, url: str = ""
+) -> None:
+    """Shows the plan and, given a service, makes it ready."""
+    from checkpoints.load import load_checkpoint
+    from checkpoints.store import load_config
+    from dsv4_jax.serving.start import make_plan, start
+
+    plan = make_plan(args, load_config(folder), folder, name)
+    if service is not None:
+        start(args, folder, plan, load_checkpoint, service, url)
 
 
 def run_demo(args: SimpleNamespace) -> None:
@@ -138,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in the end, as for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
     except (ValueError, OSError) as error:

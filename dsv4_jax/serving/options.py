@@ -1,7 +1,7 @@
 """The settings of the server, as `settings.py` reads them."""
 
 from dsv4_jax.serving.schema import EFFORTS
-from dsv4_jax.serving.settings import Option, integer, number, one_of
+from dsv4_jax.serving.settings import Option, integer, number, one_of, switch
 
 NUMERICS = ("reference", "plain")
 DTYPES = ("bfloat16", "float32")
@@ -64,6 +64,7 @@ OPTIONS = (
         number(0),
         "S",
     ),
+    Option("dry-run", "model", "show the plan, memory included, then stop", False, switch),
     Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),
     Option("port", "HTTP", "0 takes any free one", 8000, integer(0, 65535), "P"),
     Option(
@@ -122,7 +123,7 @@ def page() -> str:
         lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
         lines += ["| setting | variable | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| `--{o.name} {o.metavar.replace('|', ' ')}` | `{o.variable}` "
+            f"| `--{o.name}{'' if o.read is switch else ' ' + o.metavar}` | `{o.variable}` "
             f"| {o.described_default} | {o.help} |"
             for o in OPTIONS
             if o.group == group

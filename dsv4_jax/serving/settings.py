@@ -49,7 +49,9 @@ class Option:
 
     @property
     def described_default(self) -> str:
-        return self.unset if self.default in (None, ()) else str(self.default)
+        if self.default in (None, ()):
+            return self.unset
+        return str(self.default).lower() if self.read is switch else str(self.default)
 
 
 class UsageError(ValueError):

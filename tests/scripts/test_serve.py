@@ -78,6 +78,20 @@ def test_a_port_in_use_is_one_line(capsys):
     assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
 
 
+def test_a_dry_run_shows_the_plan_and_opens_no_port(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["--dry-run", "--max-len", "512", "--port", port]) == 0
+    shown = capsys.readouterr().out
+    assert "context  512 of 8,192 tokens" in shown and "memory   weights 2.0 MB" in shown
+    assert "loading" not in shown
+
+
+def test_a_context_beyond_the_model_s_is_refused(capsys):
+    assert main(["--dry-run", "--max-len", "9000"]) == 1
+    assert "--max-len 9000 must not exceed the model's 8192" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demo_answers_and_stops_cleanly():
     command = [sys.executable, "scripts/serve.py", "--port", "0", "--max-len", "512"]

@@ -7,7 +7,6 @@ import base64
 import json
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,25 +73,37 @@ FORECAST = '{"today": "rain, 7 °C", "tomorrow": "sun, 9 °C", "Thursday": "wind
 ADVICE = "Take a raincoat today. **Tomorrow is the day for the walk**: sun and 9 °C."
 
 
-class Writer(FakeModel):
-    """A fake model that takes its time."""
+@contextmanager
+def pace(gate: threading.Semaphore) -> Iterator[None]:
+    """Lets one byte after the other through, for as long as the block lasts."""
+    is_over = threading.Event()
 
-    def _tokens(self, tokens: list[int], stop_ids: frozenset[int]) -> Any:
-        for token in super()._tokens(tokens, stop_ids):
-            time.sleep(PACE_S)
-            yield token
+    def run() -> None:
+        while not is_over.wait(PACE_S):
+            gate.release()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        gate.release(10**6)
 
 
 @contextmanager
-def opened(browser: Any, *says: str, gate: Any = None, **options: Any) -> Iterator[Tab]:
-    model = Writer(*says, gate=gate)
+def opened(browser: Any, *says: str, **options: Any) -> Iterator[tuple[Tab, threading.Semaphore]]:
+    """Opens the page of a server that says these completions; bytes wait at the gate."""
+    gate = threading.Semaphore(0)
+    model = FakeModel(*says, gate=gate)
     made = make_service(model).loaded()
     service = Service(Settings(("scripted-example",)))
     service.ready(made.planner, model, made.fingerprint)
     how = {"viewport": WINDOW, "color_scheme": "light", **options}
     with serving(service) as url, tab(browser, url, **how) as shown:
         shown.page.get_by_text("ready ·").wait_for()
-        yield shown
+        yield shown, gate
 
 
 def shoot(shown: Tab, path: Path) -> None:
@@ -104,25 +115,25 @@ def shoot(shown: Tab, path: Path) -> None:
 
 
 def finished(browser: Any, path: Path, **options: Any) -> None:
-    with opened(browser, answer(REPLY, THOUGHTS), **options) as shown:
+    with opened(browser, answer(REPLY, THOUGHTS), **options) as (shown, gate), pace(gate):
         shown.send(QUESTION)
         shown.wait_done()
         shoot(shown, path)
 
 
 def streaming(browser: Any, path: Path) -> None:
-    whole = answer(REPLY, THOUGHTS)
-    gate = threading.Semaphore(len(THOUGHTS) * 3 // 4)
-    with opened(browser, whole, gate=gate) as shown:
+    with opened(browser, answer(REPLY, THOUGHTS)) as (shown, gate):
         shown.send(QUESTION)
+        gate.release(len(THOUGHTS) * 3 // 4)
         shown.answer().get_by_text(THOUGHTS[-110:-80]).wait_for()
+        shown.answer().get_by_text("Thinking… 2 s").wait_for()
         shoot(shown, path)
         gate.release(10**6)
 
 
 def tool_call(browser: Any, path: Path) -> None:
     says = (answer(CALL, "The weather tool knows that."), answer(ADVICE, "Rain first, then sun."))
-    with opened(browser, *says) as shown:
+    with opened(browser, *says) as (shown, gate), pace(gate):
         page = shown.page
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Tools").fill(json.dumps(TOOLS))
@@ -136,12 +147,13 @@ def tool_call(browser: Any, path: Path) -> None:
 
 
 def settings(browser: Any, path: Path) -> None:
-    with opened(browser, answer("x")) as shown:
-        shown.page.get_by_role("button", name="Settings").click()
-        shown.page.get_by_label("System prompt").fill("Answer in one paragraph.")
-        shown.page.get_by_label("Temperature").fill("0.6")
-        shown.page.get_by_label("Tools").fill(json.dumps(TOOLS, indent=1))
-        shown.page.get_by_label("Tools").evaluate("node => { node.scrollTop = 0; node.blur() }")
+    with opened(browser, answer("x")) as (shown, _):
+        page = shown.page
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("System prompt").fill("Answer in one paragraph.")
+        page.get_by_label("Temperature").fill("0.6")
+        page.get_by_label("Tools").fill(json.dumps(TOOLS, indent=1))
+        page.get_by_label("Tools").evaluate("node => { node.scrollTop = 0; node.blur() }")
         shoot(shown, path)
 
 
