@@ -20,9 +20,9 @@ from dsv4_jax.serving.sampling_fields import (
     MAX_BIAS,
     MAX_BIASED,
     MAX_CHOICES,
+    MAX_LOGPROBS,
     MAX_STOP_CHARS,
     MAX_STOPS,
-    MAX_LOGPROBS,
 )
 from dsv4_jax.serving.schema import EFFORTS
 from dsv4_jax.serving.tool_fields import FORMATS, MAX_GRAMMAR_CHARS, MAX_TOOLS
