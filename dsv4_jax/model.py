@@ -85,8 +85,7 @@ def prefill(
         h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state)
         new_groups.append(state)
     kept = h_BTMD if all_logits else last_of(h_BTMD, count_B)
-    y: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, kept)
-    logits = output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
+    logits = logits_of(cfg, num, params, kept)
     cache = dataclasses.replace(cache, pos_B=cache.pos_B + count_B, groups=new_groups)
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
 
@@ -141,6 +140,13 @@ def forward(cfg: ModelConfig, num: Numerics, params: Params, tokens_BT: Array) -
     batch, length = tokens_BT.shape
     cache = init_cache(cfg, batch, length, num, is_scanned(cfg, params))
     return prefill(cfg, num, params, tokens_BT, cache, all_logits=True)[0].logits
+
+
+def logits_of(cfg: ModelConfig, num: Numerics, params: Params, h_BTMD: Array) -> Array:
+    """Logits float32 `[B, T, V]` from the residual streams after the last layer."""
+    top = params["top"]
+    y: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, h_BTMD)
+    return output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
 
 
 def output_head(y: Array, head_VD: Array) -> Array:

@@ -29,6 +29,13 @@ DEFAULT_MAX_LEN = 131_072
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be finite and not negative")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     ap = argparse.ArgumentParser(
         prog="serve.py",
@@ -42,8 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--slots", type=int, default=8, metavar="N", help="requests at a time")
     held = "tokens of context kept, in use or for reuse; default: two full contexts"
     model.add_argument("--cache-tokens", type=int, metavar="N", help=held)
+    host = "host memory for reusable context that leaves the device, in GiB; default 0: none"
+    model.add_argument("--host-cache-gib", type=float, default=0.0, metavar="G", help=host)
     model.add_argument("--numerics", choices=("reference", "plain"), default="reference")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    run = ap.add_argument_group("operation")
+    cache = "compiled programs are kept here; 'off': nowhere; default: the user's cache folder"
+    run.add_argument("--compile-cache", metavar="DIR|off", help=cache)
+    drain = "time to finish running answers after SIGTERM; default 60"
+    run.add_argument("--drain-timeout", type=seconds, default=60.0, metavar="S", help=drain)
+    step = "a step of the engine that takes longer ends it; default 300"
+    run.add_argument("--step-timeout", type=seconds, default=300.0, metavar="S", help=step)
     http = ap.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="default 127.0.0.1")
     http.add_argument("--port", type=int, default=8000, metavar="P", help="default 8000; 0: any")
@@ -70,6 +86,7 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     from checkpoints.store import load_config
     from dsv4_jax import encoding
     from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.compile_cache import use_compile_cache
     from dsv4_jax.serving.engine.loop import Engine
     from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
     from dsv4_jax.serving.launch import fingerprint, how_to_use
@@ -92,6 +109,8 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
     say(f"numbers  {args.numerics} numerics, {args.dtype}")
+    if (cache := use_compile_cache(args.compile_cache)) is not None:
+        say(f"programs {cache} (--compile-cache)")
 
     def progress(done: int, total: int) -> None:
         service.percent = 80 * done // total
@@ -104,7 +123,16 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     name = fingerprint(weights, how.encode())
     num = Numerics(args.numerics, args.dtype)
     say(f"memory   {memory_plan(cfg, num, params, sizes)}")
-    engine = Engine(cfg, num, params, scheduling, sizes, name)
+    engine = Engine(
+        cfg,
+        num,
+        params,
+        scheduling,
+        sizes,
+        name,
+        host_cache_bytes=int(args.host_cache_gib * (1 << 30)),
+        step_timeout_s=args.step_timeout,
+    )
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
@@ -128,7 +156,8 @@ def run(args: argparse.Namespace, folder: str) -> None:
     service = Service(
         Settings(tuple(names), notice, tuple(args.api_key or ()), parallel=args.slots)
     )
-    serve(service, listener, lambda: load(args, folder, service, url_of(listener)))
+    url = url_of(listener)
+    serve(service, listener, lambda: load(args, folder, service, url), args.drain_timeout)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -146,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # in the end, as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
     except (ValueError, OSError) as error:

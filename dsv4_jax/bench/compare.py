@@ -53,18 +53,17 @@ def run_peer(python: str, config: str, case: Case) -> dict[str, float]:
 
 def _run(command: list[str], extra: dict[str, str]) -> dict[str, float]:
     environment = os.environ | extra | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    core = max(os.sched_getaffinity(0))
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
-    for line in done.stdout.splitlines():
+    pipe, cores = subprocess.PIPE, os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})  # of this thread; the child begins with the same
+    try:
+        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    finally:
+        os.sched_setaffinity(0, cores)
+    stdout, stderr = child.communicate()
+    for line in stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    reason = (stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
     raise BenchError(f"{' '.join(command[:3])} failed: {reason}")
 
 

@@ -95,7 +95,8 @@ def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
 def _health(service: Service) -> Response:
     """200 while the engine lives (loading included); 503 once it has failed."""
     if service.has_failed:
-        return JSONResponse({"status": "failed"}, 503)
+        reason = str(service.loaded().model.failure)
+        return JSONResponse({"status": "failed", "reason": reason}, 503)
     return JSONResponse({"status": "ok"})
 
 

@@ -1,5 +1,7 @@
 """What the server needs of a model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,10 +19,9 @@ class Exposition(Protocol):
 
 
 class Token(NamedTuple):
-    """A token that was drawn (or stood in the prompt).
+    """A token with its natural log-probability and the most likely (id, log-probability) pairs.
 
-    `logprob` and `top`, the best ids with theirs (best first), are natural logarithms of what the
-    unmodified logits give; there when the request asked for them.
+    Both are of the model's own distribution, and there only if asked for.
     """
 
     id: int
@@ -29,33 +30,37 @@ class Token(NamedTuple):
 
 
 class TokenGuide(Protocol):
-    """Says which tokens may come next; called on the engine's thread."""
+    """Says which tokens may come next. Called by the model, on a thread of its own."""
 
     def fill(self, words_W: np.ndarray) -> bool:
-        """Writes the allowed ids as bits (uint32, bit i%32 of word i//32 = id i).
+        """Writes the allowed ids of the next token: bit i % 32 of uint32 word i // 32 is id i.
 
-        False: anything goes now, and the words were left alone.
+        Returns:
+            False: anything goes now, and the words were left alone.
         """
         ...
 
     def advance(self, token: int) -> None:
-        """Takes the token that was drawn; once per token in order, before the next `fill`."""
+        """Takes the token that was drawn: once per token, in order, before the next `fill`."""
         ...
 
 
 class TokenStream(Iterator[Token], Protocol):
-    """Tokens of one request as they are drawn.
+    """Tokens of one request as they come, the final stop id included.
 
-    `cached_tokens` of the prompt were not computed (0 before the first token);
-    `prompt_logprobs` holds a token per prompt position, None at the first, once asked for and
-    after the first token.
+    `cached_tokens` of the prompt were not computed again. `prompt_logprobs`, if asked for, has an
+    entry for each token of the prompt, None for the first. Both are known once a token is there
+    (or the end, if there are none).
     """
 
-    cached_tokens: int
-    prompt_logprobs: Sequence[Token | None] | None
+    @property
+    def cached_tokens(self) -> int: ...
+
+    @property
+    def prompt_logprobs(self) -> Sequence[Token | None] | None: ...
 
     def close(self) -> None:
-        """Cancels the request; does nothing if it has ended."""
+        """Stops the work; from any thread, any number of times."""
         ...
 
 
@@ -83,11 +88,17 @@ class TokenModel(Protocol):
         keep_output: bool = False,
         checkpoints: Sequence[int] = (),
     ) -> TokenStream:
-        """Yields sampled tokens, the final stop id included; closing the stream stops the work.
+        """Continues a prompt.
 
         Args:
-            after: a stream of the same prompt whose cached prefix this one waits for.
-            keep_output: the next request will contain the output as it is.
-            checkpoints: prompt positions at which others are likely to go on.
+            prompt_ids: At least one token.
+            sampling: How tokens are drawn.
+            stop_ids: Tokens that end the stream.
+            tenant: Whose turn it takes, and whose cached prefixes it may use.
+            request_id: For logs.
+            guide: Restricts what may be drawn.
+            after: A stream of the same prompt, whose work on it this one waits for and shares.
+            keep_output: A later prompt is likely to contain this one and its output as they are.
+            checkpoints: Positions of the prompt at which later ones are likely to leave it.
         """
         ...

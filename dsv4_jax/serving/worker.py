@@ -87,7 +87,7 @@ class Job(Generic[T]):
 class ModelThread(Generic[T]):
     """Runs work in the order of arrival, `workers` pieces at a time; `max_waiting` more may wait.
 
-    The event loop stays free meanwhile. Methods belong to the event loop, but for `stop`.
+    The event loop stays free meanwhile. Methods belong to it, but for `drain` and `stop`.
     """
 
     def __init__(self, max_waiting: int, retry_after_s: int = 5, workers: int = 1) -> None:
@@ -96,6 +96,7 @@ class ModelThread(Generic[T]):
         self.retry_after_s = retry_after_s
         self.admitted = 0
         self._stopping = threading.Event()
+        self._is_draining = False
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="model")
 
     def check_room(self) -> None:
@@ -104,7 +105,7 @@ class ModelThread(Generic[T]):
         Raises:
             ApiError: 429, the queue is full; 503, the server is shutting down.
         """
-        if self._stopping.is_set():
+        if self._is_draining or self._stopping.is_set():
             raise not_ready("draining")
         if self.admitted >= self.workers + self.max_waiting:
             raise queue_full(self.retry_after_s)
@@ -131,6 +132,10 @@ class ModelThread(Generic[T]):
     @property
     def is_stopping(self) -> bool:
         return self._stopping.is_set()
+
+    def drain(self) -> None:
+        """Refuses further work; what was admitted goes on."""
+        self._is_draining = True
 
     def stop(self) -> None:
         """Makes the current work stop at its next look and refuses further work."""
