@@ -17,7 +17,7 @@ TOGETHER = ("tests/model/", "tests/serving/engine/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells workers of pytest-xdist (`-n`) what to run together: a folder named above, or a file."""
+    """Tells workers of pytest-xdist (`-n`) what to run together: a listed folder, or a file."""
     for item in items:
         file = item.nodeid.split("::")[0]
         group = next((folder for folder in TOGETHER if file.startswith(folder)), file)

@@ -121,19 +121,19 @@ class Answering:
         """
         jobs = self._admitted()
         names = {self.facts.request_id, self.reply.id}
-        self.service.register(names, jobs)
+        self.service.register(self.request.scope["dsv4.tenant"], names, jobs)
         if is_stream:
             settings = self.service.settings
             encoder = self.reply.encoder(len(self._choices))
             times = (settings.hold_headers_s, settings.keep_alive_s)
             stream = EventStream(jobs, encoder, self.facts.request_id, *times, self.headers)
-            return _Watched(stream, lambda: self._end(names, jobs, stream.was_left))
+            return _Watched(stream, lambda: self._end(jobs, stream.was_left))
         was_left = False
         try:
             answer = await unless_disconnected(self.request.receive, self._whole(jobs))
             was_left = answer is None
         finally:
-            self._end(names, jobs, was_left)
+            self._end(jobs, was_left)
         return answer or Response(status_code=499)
 
     def _admitted(self) -> Choices[Item]:
@@ -155,8 +155,8 @@ class Answering:
         answers = list(zip(events, ends, strict=True))
         return JSONResponse(self.reply.completion(answers), headers=self.headers)
 
-    def _end(self, names: set[str], jobs: Choices[Item], was_left: bool) -> None:
-        self.service.unregister(names)
+    def _end(self, jobs: Choices[Item], was_left: bool) -> None:
+        self.service.unregister(jobs)
         aborted_by = "request" if jobs.was_cancelled else "client" if was_left else "-"
         jobs.cancel()
         self._log_line(aborted_by)

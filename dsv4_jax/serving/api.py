@@ -148,7 +148,8 @@ async def _model(service: Service, request: Request) -> Response:
 async def _cancel(service: Service, request: Request) -> Response:
     """Ends a request by its `x-request-id` or the id of its reply; again and again if you like."""
     name = request.path_params["name"]
-    return JSONResponse({"id": name, "cancelled": service.cancel(name)})
+    was_running = service.cancel(request.scope["dsv4.tenant"], name)
+    return JSONResponse({"id": name, "cancelled": was_running})
 
 
 def _entry(service: Service, name: str) -> dict[str, Any]:

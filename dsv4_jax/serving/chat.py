@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from functools import partial
 
@@ -76,6 +77,7 @@ def turn_makers(
 ) -> list[MakeTurn]:
     """Returns what makes the answers; those after the first wait for its cached prompt."""
     leader = Leader() if plan.n > 1 else None
+    name = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
 
     def make(index: int, is_cancelled: Callable[[], bool]) -> Turn:
         return Turn(
@@ -83,7 +85,7 @@ def turn_makers(
             loaded.planner,
             loaded.model,
             is_cancelled,
-            request_id=f"{request_id}.{index}" if index else request_id,
+            request_id=f"{name}.{index}",
             leads=leader if index == 0 else None,
             follows=leader if index else None,
             replay=service.replay,

@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +43,12 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
     token_bytes = None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes
     reply = CompletionReply(name, loaded.fingerprint, tokens, ask.include_usage, token_bytes)
     request_id = request.scope["dsv4.request_id"]
+    unique = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
     facts = Facts(request_id, request.url.path, plans[0].tenant, tokens, "raw")
     makers = [
         maker
         for index, plan in enumerate(plans)
-        for maker in _makers(loaded, plan, ask.n, f"{request_id}/{index}")
+        for maker in _makers(loaded, plan, ask.n, f"{unique}/{index}")
     ]
     return await Answering(service, request, facts, makers, reply).respond(ask.stream)
 

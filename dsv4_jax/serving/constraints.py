@@ -53,8 +53,17 @@ class Constrainer:
         rules = None
         if tools and choice.mode != "none":
             rules = self._tool_rules(tools, choice.name, is_parallel)
-        calls = self._compiler.compile(rules.after_marker(), "tools") if rules else None
-        return Constraints(self._content(rules, choice, reply), calls)
+        return Constraints(self._content(rules, choice, reply), self._calls(rules, tools))
+
+    def _calls(self, rules: ToolGrammar | None, tools: Tools) -> Grammar | None:
+        """Returns what holds once a call has begun; nothing if that is too much and not strict."""
+        try:
+            return self._compiler.compile(rules.after_marker(), "tools") if rules else None
+        except ApiError as error:
+            if any(tool["function"].get("strict") for tool in tools):
+                raise
+            _log.info("calls are not held to their tools: %s", error.message)
+            return None
 
     def _content(
         self, rules: ToolGrammar | None, choice: ToolChoice, reply: ReplyFormat | None

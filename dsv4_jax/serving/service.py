@@ -73,7 +73,7 @@ class Service:
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self.counters = Counters()
         self.replay = ReplayStore(settings.replay_tokens)
-        self._running: dict[str, Cancellable] = {}
+        self._running: dict[tuple[str, str], Cancellable] = {}
         self._loaded: Loaded | None = None
         self._warned: set[str] = set()
 
@@ -97,17 +97,16 @@ class Service:
         engine = b"" if self._loaded is None else self._loaded.model.metrics.text()
         return engine + self.counters.text()
 
-    def register(self, names: Iterable[str], running: "Cancellable") -> None:
-        """Makes a running request known by its names, until `unregister`."""
-        self._running |= dict.fromkeys(names, running)
+    def register(self, tenant: str, names: Iterable[str], running: "Cancellable") -> None:
+        """Makes a running request known to its tenant by its names, until `unregister`."""
+        self._running |= {(tenant, name): running for name in names}
 
-    def unregister(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._running.pop(name, None)
+    def unregister(self, running: "Cancellable") -> None:
+        self._running = {name: r for name, r in self._running.items() if r is not running}
 
-    def cancel(self, name: str) -> bool:
+    def cancel(self, tenant: str, name: str) -> bool:
         """Cancels a running request; False if there is none of that name (any more)."""
-        running = self._running.get(name)
+        running = self._running.get((tenant, name))
         if running is None:
             return False
         running.abort()

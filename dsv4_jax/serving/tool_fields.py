@@ -8,7 +8,7 @@ from dsv4_jax.serving.errors import invalid, unsupported
 from dsv4_jax.serving.fields import Fields
 
 MAX_TOOLS = 128
-MAX_GRAMMAR_CHARS = 1 << 18  # of a schema, regular expression or grammar
+MAX_GRAMMAR_CHARS = 1 << 16  # of a schema, regular expression or grammar
 
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")

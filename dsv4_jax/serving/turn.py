@@ -101,9 +101,7 @@ class Turn:
             self.plan.starts_in_reasoning,
             message.get("reasoning", ""),
             message["content"] or "",
-            tuple(
-                (c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]
-            ),
+            tuple((function["name"], function["arguments"]) for function in functions),
         )
         self._replay.keep(self.plan.tenant, [call.call_id for call in calls], said)
 

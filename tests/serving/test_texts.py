@@ -112,7 +112,7 @@ def test_cancelling(stream, by):
             asking = threading.Thread(target=ask)
             asking.start()
             assert model.started.wait(PATIENCE_S)
-            names = set(service._running)
+            names = {name for _, name in service._running}
             name = "mine" if by == "request" else next(iter(names - {"mine"}))
             reply = client.post(f"/v1/requests/{name}/cancel")
             assert reply.json() == {"id": name, "cancelled": True}
@@ -123,6 +123,25 @@ def test_cancelling(stream, by):
             assert again.json() == {"id": name, "cancelled": False}
             model.gate = None
             assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+
+
+def test_only_the_tenant_can_cancel():
+    model = FakeModel(answer("x"), gate=threading.Semaphore(0))
+    with serving(make_service(model, api_keys=("one", "two"))) as address:
+        one, two = ({"x-api-key": key, "x-request-id": "mine"} for key in ("one", "two"))
+        with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+            asking = threading.Thread(
+                target=client.post,
+                args=("/v1/chat/completions",),
+                kwargs={"json": ASK, "headers": one},
+            )
+            asking.start()
+            assert model.started.wait(PATIENCE_S)
+            path = "/v1/requests/mine/cancel"
+            assert not client.post(path, headers=two).json()["cancelled"]
+            assert client.post(path).status_code == 401
+            assert client.post(path, headers=one).json()["cancelled"]
+            asking.join(PATIENCE_S)
 
 
 # The log, and numbers

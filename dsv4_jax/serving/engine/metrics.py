@@ -143,8 +143,7 @@ class Metrics:
         self.observe("request_queue_time_seconds", _between(request, "arrived", "started"))
 
     def token(self, request: Request, now: float) -> None:
-        """Records a generated token, before the request's times take note of it."""
-        self.count("generation_tokens")
+        """Records when a token came, before the request's times take note of it."""
         if request.times.last_token is None:
             self.observe("time_to_first_token_seconds", now - request.times.arrived)
         else:

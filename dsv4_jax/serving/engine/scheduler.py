@@ -203,6 +203,7 @@ class Scheduler:
         for row in record.rows:
             if row.samples and row.request.status is not Status.FINISHED:
                 delivered += self._deliver(row.request, tokens[row.slot])
+        self.metrics.count("generation_tokens", len(delivered))
         return delivered
 
     # Inside.

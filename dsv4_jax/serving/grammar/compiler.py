@@ -12,7 +12,7 @@ from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.grammar.guide import GrammarError, GrammarGuide
 from dsv4_jax.tokenizer import Tokenizer
 
-MAX_CHARS = 1 << 20  # of one grammar, schemas included
+MAX_CHARS = 1 << 19  # of one grammar, schemas included: about a second of work
 KEPT = 64  # compiled grammars
 _UNKNOWN_KEYS = re.compile(r"Unimplemented keys: \[(?P<keys>.*)\]")
 
