@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dsv4_jax import attend, indexer
+from dsv4_jax import attend, indexer, kernels
 from dsv4_jax import cache as store
 from dsv4_jax.compress import Chunk, compress
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.norm import head_norm, rms_norm
-from dsv4_jax.numerics import Numerics, linear
+from dsv4_jax.numerics import Numerics, fp8_matmul, linear
 from dsv4_jax.params import attention_specs, declare
 from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
 from dsv4_jax.rope import Rotation, frequencies, rotate
@@ -58,11 +58,32 @@ class Attention(nn.Module):
         if self.ratio == CSA:
             query = self._index_query(x_BTD, latent_BTQ, turn)
             self._compress_keys(x_BTD, chunk, cache, index)
-        out_BTNH = attend_chunk(
-            q_BTNH, window, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
-        )
-        out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
+        out_BTNH = self._attend(q_BTNH, window, chunk, cache, index, query, turn)
         return self._project(out_BTNH), cache
+
+    def _attend(
+        self,
+        q_BTNH: Array,
+        window: Window,
+        chunk: Chunk,
+        cache: store.LayerCache,
+        index: Array,
+        query: indexer.IndexQuery | None,
+        turn: Rotation,
+    ) -> Array:
+        """Attention output, turned back."""
+        cfg, num, sink_N = self.cfg, self.num, self.weights["sink"]
+        if num.kernels:
+            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            args = (chunk, cache, index, query, self.ratio, turn, cfg, num)
+            try:
+                return kernels.attend(q_BTNH, recent_BSH, sink_N, *args)
+            except NotImplementedError:
+                if num.implementation is not None:
+                    raise
+        args = (chunk, cache, index, query, self.ratio, cfg, num)
+        out_BTNH = attend_chunk(q_BTNH, window, sink_N, *args)
+        return rotate(out_BTNH, per_head(turn), num, inverse=True)
 
     def _compress_rows(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
@@ -100,9 +121,14 @@ class Attention(nn.Module):
     def _project(self, out_BTNH: Array) -> Array:
         """Grouped low-rank output: consecutive heads form a group with its own slice of wo_a."""
         cfg, num = self.cfg, self.num
+        wo_a = self.weights["wo_a"]
+        if num.matrix_kernels and not isinstance(wo_a, Array):
+            out_BTx = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+            low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=cfg.o_groups)
+            return linear(low_BTz, self.weights["wo_b"], num)
         out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(self.weights["wo_a"], num.jnp_dtype).reshape(
+        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(
             cfg.o_groups, cfg.o_rank, cfg.group_dim
         )
         # activations first: an einsum would transpose them

@@ -37,6 +37,8 @@ from dsv4_jax.schedule import layer_groups
 
 E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
+KERNEL_TILE = 1024  # the same of kernels; an eighth of it is the least they read
+SCALE_BYTES = 4  # scales of a row fill whole words: other widths would be copied on every step
 
 LayerCache = dict[str, Any]
 
@@ -45,8 +47,8 @@ LayerCache = dict[str, Any]
 class PackedRows:
     """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
 
-    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, rope
-    bfloat16 `[..., R]`.
+    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]` filled up
+    to whole words (8 bytes), rope bfloat16 `[..., R]`.
     """
 
     codes: Array
@@ -95,7 +97,8 @@ def init_cache(
         raise ValueError(f"max_len={max_len} must lie between 1 and the model's {cfg.max_len}")
 
     def rows_of(ratio: int) -> tuple[int, int]:
-        return batch, row_capacity(max_len, ratio)
+        rows = row_capacity(max_len, ratio)
+        return batch, -(-rows // row_unit(rows)) * row_unit(rows) if num.kernels else rows
 
     return _init(cfg, batch, rows_of, num, scan)
 
@@ -128,6 +131,11 @@ def row_capacity(max_len: int, ratio: int) -> int:
     """Compressed rows allocated for `max_len` tokens: whole tiles, so that reads never clamp."""
     rows = max(max_len // ratio, 1)
     return -(-rows // ROW_TILE) * ROW_TILE if rows > ROW_TILE else rows
+
+
+def row_unit(rows: int) -> int:
+    """Kernels read compressed rows in tiles of this size."""
+    return KERNEL_TILE if rows > ROW_TILE else KERNEL_TILE // 8
 
 
 def _init(
@@ -171,9 +179,14 @@ def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
     still = cfg.head_dim - cfg.rope_dim
     return PackedRows(
         codes=jnp.zeros((*lead, still), jnp.uint8),
-        scales=jnp.full((*lead, -(-still // KV_BLOCK)), E8M0_ONE, jnp.uint8),
+        scales=jnp.full((*lead, _scale_bytes(still)), E8M0_ONE, jnp.uint8),
         rope=jnp.zeros((*lead, cfg.rope_dim), jnp.uint16),
     )
+
+
+def _scale_bytes(channels: int) -> int:
+    """Bytes for the scales of this many FP8 channels."""
+    return -(-channels // (KV_BLOCK * SCALE_BYTES)) * SCALE_BYTES
 
 
 def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
@@ -200,8 +213,10 @@ def pack(like: Rows, x: Array) -> Rows:
     if isinstance(like, PackedRows):
         still = like.codes.shape[-1]
         codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
-        scales = scales.astype(jnp.float8_e8m0fnu)
-        return PackedRows(_bits(codes), _bits(scales), _bits(x[..., still:]))
+        bits = _bits(scales.astype(jnp.float8_e8m0fnu))
+        spare = like.scales.shape[-1] - bits.shape[-1]
+        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, spare)], constant_values=E8M0_ONE)
+        return PackedRows(_bits(codes), bits, _bits(x[..., still:]))
     if isinstance(like, PackedKeys):
         values, scales = quantize_fp4(x)
         return PackedKeys(pack_fp4(values), _bits(scales.astype(jnp.float8_e8m0fnu)))
@@ -211,7 +226,8 @@ def pack(like: Rows, x: Array) -> Rows:
 def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
     """Values of stored rows or keys `[..., H]`."""
     if isinstance(rows, PackedRows):
-        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(rows.scales, "float8_e8m0fnu")
+        used = rows.scales[..., : -(-rows.codes.shape[-1] // KV_BLOCK)]
+        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(used, "float8_e8m0fnu")
         still = dequantize_fp8(codes, scales, KV_BLOCK).astype(dtype)
         return jnp.concatenate([still, _floats(rows.rope, "bfloat16").astype(dtype)], axis=-1)
     if isinstance(rows, PackedKeys):
