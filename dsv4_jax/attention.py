@@ -88,26 +88,30 @@ class Attention(nn.Module):
     def _compress_rows(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["compressor"], self.cfg
+        weights, cfg, num = self.weights["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["ring"] = compress(
             weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         rows = round_rows(new.rows_BCH, cfg, self.num)
         place = chunk.place(index)
-        cache["rows"] = store.write_rows(cache["rows"], place, new.first_B, new.count_B, rows)
+        cache["rows"] = store.write_rows(
+            cache["rows"], place, new.first_B, new.count_B, rows, num.kernels
+        )
 
     def _compress_keys(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["indexer"]["compressor"], self.cfg
+        weights, cfg, num = self.weights["indexer"]["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["key_ring"] = compress(
             weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         keys = round_index(new.rows_BCH, self.num)
         place = chunk.place(index)
-        cache["keys"] = store.write_rows(cache["keys"], place, new.first_B, new.count_B, keys)
+        cache["keys"] = store.write_rows(
+            cache["keys"], place, new.first_B, new.count_B, keys, num.kernels
+        )
 
     def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]
@@ -128,9 +132,7 @@ class Attention(nn.Module):
             return linear(low_BTz, self.weights["wo_b"], num)
         out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(
-            cfg.o_groups, cfg.o_rank, cfg.group_dim
-        )
+        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(cfg.o_groups, cfg.o_rank, cfg.group_dim)
         # activations first: an einsum would transpose them
         low_GBTO = lax.dot_general(
             out_BTGg,
@@ -181,12 +183,12 @@ def _extend_window(
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
     place, pos_B, count_B = chunk.place(index), chunk.pos_B, chunk.count_B
     if fresh == 1:
-        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0])
+        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0], num.kernels)
         rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
         return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
     history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH)
+    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH, num.kernels)
     return Window(recent_BSH, pos_B[:, None] + jnp.arange(-length, fresh)[None]), ring
 
 

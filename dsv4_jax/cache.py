@@ -34,10 +34,12 @@ from dsv4_jax.quant import (
     unpack_fp4,
 )
 from dsv4_jax.schedule import layer_groups
+from pallas_kernels.row_update.api import update_rows
 
 E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
 KERNEL_TILE = 1024  # the same of kernels; an eighth of it is the least they read
+COLUMN_TILE = 128  # rows that a kernel rewrites together
 SCALE_BYTES = 4  # scales of a row fill whole words: other widths would be copied on every step
 
 LayerCache = dict[str, Any]
@@ -301,8 +303,18 @@ def gather_rows(rows: Rows, place: Place, which: Array, dtype: jnp.dtype) -> Arr
     return unpack(jax.tree.map(lambda a: a[place.layer, owner, entry], rows), dtype)
 
 
-def write_rows(rows: Rows, place: Place, first_B: Array, count_B: Array, new_BTH: Array) -> Rows:
+def write_rows(
+    rows: Rows,
+    place: Place,
+    first_B: Array,
+    count_B: Array,
+    new_BTH: Array,
+    kernels: str | None = None,
+) -> Rows:
     """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …"""
+    if _by_kernel(rows, kernels):
+        table = jnp.arange(len(first_B))[:, None] if place.table_BP is None else place.table_BP
+        return _put_columns(rows, place, table, first_B, count_B, pack(rows, new_BTH), kernels)
     steps = jnp.arange(new_BTH.shape[1])[None]
     owner, entry = _locate(rows, place, first_B[:, None] + steps)
     entry = jnp.where(steps < count_B[:, None], entry, num_rows(rows))  # out of range: dropped
@@ -311,6 +323,33 @@ def write_rows(rows: Rows, place: Place, first_B: Array, count_B: Array, new_BTH
         return a.at[place.layer, owner, entry].set(new, mode="drop")
 
     return jax.tree.map(put, rows, pack(rows, new_BTH))
+
+
+def _by_kernel(rows: Rows, kernels: str | None) -> bool:
+    """Whether a kernel writes: XLA would turn a whole store of packed rows both ways."""
+    return bool(kernels) and not isinstance(rows, Array) and num_rows(rows) % COLUMN_TILE == 0
+
+
+def _put_columns(
+    rows: Rows,
+    place: Place,
+    owner_BJ: Array,
+    first_B: Array,
+    count_B: Array,
+    new: Rows,
+    kernels: str | None,
+) -> Rows:
+    stores, treedef = jax.tree.flatten(rows)
+    updated = update_rows(
+        tuple(stores),
+        tuple(jax.tree.leaves(new)),
+        owner_BJ,
+        first_B,
+        count_B.astype(jnp.int32),
+        layer=place.layer,
+        implementation=kernels,  # type: ignore[arg-type]
+    )
+    return jax.tree.unflatten(treedef, updated)
 
 
 def _locate(rows: Rows, place: Place, which: Array) -> tuple[Array, Array]:
@@ -328,8 +367,13 @@ def ring_history(ring: Rows, place: Place, pos_B: Array, count: int, dtype: jnp.
     Entries of negative positions hold garbage; callers mask them.
     """
     entries = (pos_B[:, None] + jnp.arange(-count, 0)[None]) % num_rows(ring)
-    slots = place.slots(len(pos_B))[:, None]
-    return unpack(jax.tree.map(lambda a: a[place.layer, slots, entries], ring), dtype)
+    slots = place.slots(len(pos_B))
+
+    def read(a: Array) -> Array:
+        # whole rings first: single entries would be read as rows, which not every layout has
+        return jnp.take_along_axis(a[place.layer, slots], entries[..., None], axis=1)
+
+    return unpack(jax.tree.map(read, ring), dtype)
 
 
 def ring_rows(ring: Rows, place: Place, dtype: jnp.dtype) -> Array:
@@ -348,9 +392,19 @@ def ring_positions(ring: Rows, last_B: Array) -> Array:
     return last_B[:, None] - (last_B[:, None] - jnp.arange(length)[None]) % length
 
 
-def ring_push(ring: Rows, place: Place, pos_B: Array, count_B: Array, new_BH: Array) -> Rows:
+def ring_push(
+    ring: Rows,
+    place: Place,
+    pos_B: Array,
+    count_B: Array,
+    new_BH: Array,
+    kernels: str | None = None,
+) -> Rows:
     """Puts one entry at position `pos_B` where `count_B` is not 0."""
     length, slots = num_rows(ring), place.slots(len(pos_B))
+    if _by_kernel(ring, kernels):
+        new, entry_B = pack(ring, new_BH[:, None]), pos_B % length
+        return _put_columns(ring, place, slots[:, None], entry_B, count_B > 0, new, kernels)
     entry_B = jnp.where(count_B > 0, pos_B % length, length)  # out of range: dropped
 
     def put(a: Array, new: Array) -> Array:
@@ -360,7 +414,14 @@ def ring_push(ring: Rows, place: Place, pos_B: Array, count_B: Array, new_BH: Ar
     return lax.optimization_barrier(jax.tree.map(put, ring, pack(ring, new_BH)))
 
 
-def ring_write(ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: Array) -> Rows:
+def ring_write(
+    ring: Rows,
+    place: Place,
+    pos_B: Array,
+    count_B: Array,
+    recent: Array,
+    kernels: str | None = None,
+) -> Rows:
     """Advances a ring by the `count_B` first of several new entries.
 
     `recent` `[B, ring length + new, H]` is the history in front of `pos_B`, then the new entries.
@@ -368,4 +429,8 @@ def ring_write(ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: A
     length, slots = num_rows(ring), place.slots(len(pos_B))
     source = ring_positions(ring, pos_B + count_B - 1) - pos_B[:, None] + length
     new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
+    if _by_kernel(ring, kernels):
+        written_B = jnp.where(count_B > 0, length, 0)
+        first_B = jnp.zeros_like(written_B)
+        return _put_columns(ring, place, slots[:, None], first_B, written_B, new, kernels)
     return jax.tree.map(lambda a, x: a.at[place.layer, slots].set(x), ring, new)

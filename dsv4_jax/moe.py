@@ -33,7 +33,7 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     """
     scores_UE = jnp.sqrt(jax.nn.softplus(linear_f32(x_UD, gate["weight"])))
     if "tid2eid" in gate:
-        experts_UA = gate["tid2eid"][tokens_U]
+        experts_UA = _hashed(gate["tid2eid"], tokens_U)
     else:
         experts_UA = lax.top_k(scores_UE + gate["bias"][None], cfg.experts_per_token)[1]
     experts_UA = jnp.sort(experts_UA, axis=-1)  # experts add up in index order, as officially
@@ -42,9 +42,19 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     return Routing(experts_UA, weights_UA)
 
 
-def expert_linear(
-    x: Array, weight: Weight, which: Array | None, num: Numerics
-) -> Array:
+def _hashed(table_VA: Array, tokens_U: Array) -> Array:
+    """Rows of the hash table; one column at a time where rows would have to be padded first."""
+
+    def by_column(table_VA: Array, tokens_U: Array) -> Array:
+        return jnp.stack([table_VA[:, a][tokens_U] for a in range(table_VA.shape[1])], axis=1)
+
+    def by_row(table_VA: Array, tokens_U: Array) -> Array:
+        return table_VA[tokens_U]
+
+    return lax.platform_dependent(table_VA, tokens_U, tpu=by_column, default=by_row)
+
+
+def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) -> Array:
     """`linear` with entry `which` of a stack of weights (None: `weight` is no stack).
 
     XLA on CPU copies a matrix that it picks at run time but reads a fixed one in place, so there a

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles
+from pallas_kernels import paging, tiles
 
 MIB = 1 << 20
 MAX_ROW_TILE = 512
@@ -161,7 +161,12 @@ def block_matmul(
         ),
         interpret=interpret,
         name="block_matmul",
-    )(layer_1, scales_nk.astype(jnp.float32).reshape(-1), x_UK, codes_LNK)
+    )(
+        layer_1,
+        scales_nk.astype(jnp.float32).reshape(-1),
+        x_UK,
+        *paging.in_hbm((codes_LNK,), interpret),
+    )
 
 
 def vmem_bytes(row_tile: int, weight_tile: int, in_dim: int) -> int:

@@ -26,7 +26,7 @@ def round_activations(x: jax.Array) -> jax.Array:
     blocks = wide.reshape(*x.shape[:-1], wide.shape[-1] // BLOCK, BLOCK)
     amax = jnp.maximum(jnp.abs(blocks).max(-1, keepdims=True), FP8_MIN_AMAX)
     fraction, exponent = jnp.frexp(amax * np.float32(1 / FP8_MAX))
-    scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
+    scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5).astype(jnp.int32))
     codes = jnp.clip(blocks / scale, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     values = (codes.astype(jnp.float32) * scale).reshape(wide.shape)
     return values[..., : x.shape[-1]].astype(x.dtype)

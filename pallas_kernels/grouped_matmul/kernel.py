@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles
+from pallas_kernels import paging, tiles
 from pallas_kernels.grouped_matmul.plan import MAX_TILE, RowPlan
 
 MIB = 1 << 20
@@ -284,8 +284,9 @@ def _call(
         operands.append(array)
         specs.append(spec)
     for each, weight in zip(formats, weights, strict=True):
-        arrays, blocks = _weight_operands(each, weight, layer_1)
-        operands += arrays
+        (codes, scales), blocks = _weight_operands(each, weight, layer_1)
+        operands += paging.in_hbm((codes, scales) if each.is_fp4 else (codes,), interpret)
+        operands += [] if each.is_fp4 else [scales]
         specs += blocks
     active = min(fmt.experts, slots // tile)
     out_bytes = 2 * slots * fmt.out_tiles * fmt.out_tile
