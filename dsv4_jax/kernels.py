@@ -39,7 +39,7 @@ def attend(
 ) -> Array:
     """Attention output `[B, T, N, H]` of a chunk, turned back by `turn`.
 
-    recent_BSH: the window in front of the chunk and the chunk; None: one token, already in the ring.
+    recent_BSH: the window before the chunk, then the chunk; None: one token, in the ring already.
     """
     ring, fresh = cache["window"], q_BTNH.shape[1]
     if recent_BSH is None:

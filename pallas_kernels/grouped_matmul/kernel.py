@@ -12,9 +12,10 @@
      └─────────┘
 
 Weights are one layer of a stack `[L, E, …]`, read where they lie. Each active expert's weights
-cross HBM once, experts without rows never. FP4 bytes hold an even and an odd input; instead of interleaving weights, activations come as two halves `[2, rows, in/2]`:
-even inputs, odd inputs. `swiglu` multiplies w1 and w3 in one pass and writes its result rounded and
-already in the halves that w2 wants.
+cross HBM once, experts without rows never. FP4 bytes hold an even and an odd input; instead of
+interleaving weights, activations come as two halves `[2, rows, in/2]`: even inputs, odd inputs.
+`swiglu` multiplies w1 and w3 in one pass and writes its result rounded and already in the halves
+that w2 wants.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import paging
 
 LANES = 128
 DEPTH = 8  # tiles in VMEM, a power of two
@@ -172,7 +173,7 @@ def update_rows(
     tile_bytes = sum(a.shape[2] * LANES * a.dtype.itemsize for a in columns)
     return pl.pallas_call(
         partial(_body, plan, num),
-        out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in columns),
+        out_shape=tuple(paging.hbm_shape(a, interpret) for a in columns),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
@@ -193,4 +194,11 @@ def update_rows(
         ),
         interpret=interpret,
         name="row_update",
-    )(layer_1, owner_BJ.reshape(-1), first_B, count_B, source_XS, *columns)
+    )(
+        layer_1,
+        owner_BJ.reshape(-1),
+        first_B,
+        count_B,
+        source_XS,
+        *paging.in_hbm(columns, interpret),
+    )
