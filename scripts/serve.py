@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--cache-tokens", type=int, metavar="N", help=held)
     model.add_argument("--numerics", choices=("reference", "plain"), default="reference")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    kernels = "of the hot path; default: pallas on TPU, reference elsewhere; interpret is slow"
+    choices = ("reference", "pallas", "interpret")
+    model.add_argument("--implementation", choices=choices, help=kernels)
     http = ap.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", metavar="H", help="default 127.0.0.1")
     http.add_argument("--port", type=int, default=8000, metavar="P", help="default 8000; 0: any")
@@ -91,7 +94,8 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
-    say(f"numbers  {args.numerics} numerics, {args.dtype}")
+    kernels = args.implementation or "default"
+    say(f"numbers  {args.numerics} numerics, {args.dtype}, {kernels} implementation")
 
     def progress(done: int, total: int) -> None:
         service.percent = 80 * done // total
@@ -100,9 +104,9 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
 
     cfg, params = load_checkpoint(folder, progress=progress)
     weights = Path(folder, "manifest.json").read_bytes()
-    how = f"{profile} {args.numerics} {args.dtype}"
+    num = Numerics(args.numerics, args.dtype, args.implementation)
+    how = f"{profile} {args.numerics} {args.dtype} {num.kernels}"
     name = fingerprint(weights, how.encode())
-    num = Numerics(args.numerics, args.dtype)
     say(f"memory   {memory_plan(cfg, num, params, sizes)}")
     engine = Engine(cfg, num, params, scheduling, sizes, name)
     say("compiling …")
@@ -149,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
