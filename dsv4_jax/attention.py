@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dsv4_jax import attend, indexer
+from dsv4_jax import attend, indexer, kernels
 from dsv4_jax import cache as store
 from dsv4_jax.compress import Chunk, compress
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.norm import head_norm, rms_norm
-from dsv4_jax.numerics import Numerics, linear
+from dsv4_jax.numerics import Numerics, fp8_matmul, linear
 from dsv4_jax.params import attention_specs, declare
 from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
 from dsv4_jax.rope import Rotation, frequencies, rotate
@@ -58,35 +58,60 @@ class Attention(nn.Module):
         if self.ratio == CSA:
             query = self._index_query(x_BTD, latent_BTQ, turn)
             self._compress_keys(x_BTD, chunk, cache, index)
-        out_BTNH = attend_chunk(
-            q_BTNH, window, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
-        )
-        out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
+        out_BTNH = self._attend(q_BTNH, window, chunk, cache, index, query, turn)
         return self._project(out_BTNH), cache
+
+    def _attend(
+        self,
+        q_BTNH: Array,
+        window: Window,
+        chunk: Chunk,
+        cache: store.LayerCache,
+        index: Array,
+        query: indexer.IndexQuery | None,
+        turn: Rotation,
+    ) -> Array:
+        """Attention output, turned back."""
+        cfg, num, sink_N = self.cfg, self.num, self.weights["sink"]
+        if num.kernels:
+            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            args = (chunk, cache, index, query, self.ratio, turn, cfg, num)
+            try:
+                return kernels.attend(q_BTNH, recent_BSH, sink_N, *args)
+            except NotImplementedError:
+                if num.implementation is not None:
+                    raise
+        args = (chunk, cache, index, query, self.ratio, cfg, num)
+        out_BTNH = attend_chunk(q_BTNH, window, sink_N, *args)
+        return rotate(out_BTNH, per_head(turn), num, inverse=True)
 
     def _compress_rows(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["compressor"], self.cfg
+        weights, cfg, num = self.weights["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["ring"] = compress(
             weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         rows = round_rows(new.rows_BCH, cfg, self.num)
         place = chunk.place(index)
-        cache["rows"] = store.write_rows(cache["rows"], place, new.first_B, new.count_B, rows)
+        cache["rows"] = store.write_rows(
+            cache["rows"], place, new.first_B, new.count_B, rows, num.kernels
+        )
 
     def _compress_keys(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["indexer"]["compressor"], self.cfg
+        weights, cfg, num = self.weights["indexer"]["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["key_ring"] = compress(
             weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         keys = round_index(new.rows_BCH, self.num)
         place = chunk.place(index)
-        cache["keys"] = store.write_rows(cache["keys"], place, new.first_B, new.count_B, keys)
+        cache["keys"] = store.write_rows(
+            cache["keys"], place, new.first_B, new.count_B, keys, num.kernels
+        )
 
     def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]
@@ -100,11 +125,14 @@ class Attention(nn.Module):
     def _project(self, out_BTNH: Array) -> Array:
         """Grouped low-rank output: consecutive heads form a group with its own slice of wo_a."""
         cfg, num = self.cfg, self.num
+        wo_a = self.weights["wo_a"]
+        if num.matrix_kernels and not isinstance(wo_a, Array):
+            out_BTx = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+            low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=cfg.o_groups)
+            return linear(low_BTz, self.weights["wo_b"], num)
         out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(self.weights["wo_a"], num.jnp_dtype).reshape(
-            cfg.o_groups, cfg.o_rank, cfg.group_dim
-        )
+        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(cfg.o_groups, cfg.o_rank, cfg.group_dim)
         # activations first: an einsum would transpose them
         low_GBTO = lax.dot_general(
             out_BTGg,
@@ -155,12 +183,12 @@ def _extend_window(
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
     place, pos_B, count_B = chunk.place(index), chunk.pos_B, chunk.count_B
     if fresh == 1:
-        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0])
+        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0], num.kernels)
         rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
         return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
     history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH)
+    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH, num.kernels)
     return Window(recent_BSH, pos_B[:, None] + jnp.arange(-length, fresh)[None]), ring
 
 

@@ -72,7 +72,7 @@ def compress(
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
     place = chunk.place(index)
-    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk)
+    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
     first_B = chunk.pos_B // ratio
     count_B = (chunk.pos_B + chunk.count_B) // ratio - first_B
     num_new = -(-fresh // ratio)
@@ -92,15 +92,22 @@ def compress(
 
 
 class Recent(NamedTuple):
-    """Projected tokens `[B, n, d]` that new rows may pool, float32; the first stands at start_B."""
+    """Projected tokens `[B, n, d]` that new rows may pool, float32; the first stands at start_B.
+
+    start_B None: they are exactly the windows of the one row that a single token may complete.
+    """
 
     values: Array
     scores: Array
-    start_B: Array
+    start_B: Array | None
 
 
 def _advance(
-    ring: dict[str, store.Rows], new: dict[str, Array], place: store.Place, chunk: Chunk
+    ring: dict[str, store.Rows],
+    new: dict[str, Array],
+    place: store.Place,
+    chunk: Chunk,
+    ratio: int,
 ) -> tuple[Callable[[], Recent], dict[str, store.Rows]]:
     """A way to read the ring's history with the chunk behind it, and the advanced ring."""
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
@@ -117,7 +124,7 @@ def _advance(
             name: store.ring_push(ring[name], place, pos_B, count_B, new[name][:, 0])
             for name in ring
         }
-        return lambda: history(ring, pos_B + 1), ring
+        return lambda: Recent(*_windows_of(ring, place, pos_B, ratio), None), ring
     old = history(ring, pos_B)
     recent = Recent(
         jnp.concatenate([old.values, new["values"]], axis=1),
@@ -131,6 +138,25 @@ def _advance(
     return lambda: recent, ring
 
 
+def _windows_of(
+    ring: dict[str, store.Rows], place: store.Place, pos_B: Array, ratio: int
+) -> list[Array]:
+    """Ring values and scores in the order of the row that ends with position `pos_B`, if one does.
+
+    The ring holds one window, which lies in order, or two, of which the later may come first.
+    """
+    length = store.num_rows(ring["values"])
+    swapped = (pos_B + 1) % length != 0
+
+    def read(name: str) -> Array:
+        a = store.ring_rows(ring[name], place, jnp.dtype("float32"))
+        if length == ratio:
+            return a
+        return jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
+
+    return [read(name) for name in ("values", "scores")]
+
+
 def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:
     """Pools `num_new` windows from the one that holds `pos_B` on: float32 `[B, num_new, row_dim]`.
 
@@ -138,10 +164,13 @@ def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_di
     channels speaks for the next window, the second half for the own one.
     """
     overlap = 2 if ratio == CSA else 1
-    begin_B = pos_B - pos_B % ratio - (overlap - 1) * ratio - recent.start_B
     span = (num_new + overlap - 1) * ratio
+    first_B = pos_B - pos_B % ratio - (overlap - 1) * ratio
+    begin_B = None if recent.start_B is None else first_B - recent.start_B
 
     def windows(a: Array) -> Array:
+        if begin_B is None:
+            return a.reshape(len(pos_B), -1, ratio, a.shape[-1])
         padded = jnp.pad(a, ((0, 0), (0, max(span + ratio - a.shape[1], 0)), (0, 0)))
         cut = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
         return cut(padded, begin_B).reshape(len(pos_B), -1, ratio, a.shape[-1])

@@ -10,9 +10,10 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.numerics import Numerics, linear, linear_f32
+from dsv4_jax.numerics import Numerics, Weight, linear, linear_f32
 from dsv4_jax.params import declare, moe_specs
-from dsv4_jax.quant import QuantizedArray, index_expert
+from dsv4_jax.quant import QuantizedArray, StackedWeight, index_expert
+from pallas_kernels.grouped_matmul.api import routed_experts
 
 MIN_EXPERT_TILE, MAX_EXPERT_TILE = 8, 64  # rows of one expert that are multiplied together
 MAX_BRANCHES = 64  # experts for which a product each is compiled, on CPU
@@ -32,7 +33,7 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     """
     scores_UE = jnp.sqrt(jax.nn.softplus(linear_f32(x_UD, gate["weight"])))
     if "tid2eid" in gate:
-        experts_UA = gate["tid2eid"][tokens_U]
+        experts_UA = _hashed(gate["tid2eid"], tokens_U)
     else:
         experts_UA = lax.top_k(scores_UE + gate["bias"][None], cfg.experts_per_token)[1]
     experts_UA = jnp.sort(experts_UA, axis=-1)  # experts add up in index order, as officially
@@ -41,9 +42,19 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     return Routing(experts_UA, weights_UA)
 
 
-def expert_linear(
-    x: Array, weight: Array | QuantizedArray, which: Array | None, num: Numerics
-) -> Array:
+def _hashed(table_VA: Array, tokens_U: Array) -> Array:
+    """Rows of the hash table; one column at a time where rows would have to be padded first."""
+
+    def by_column(table_VA: Array, tokens_U: Array) -> Array:
+        return jnp.stack([table_VA[:, a][tokens_U] for a in range(table_VA.shape[1])], axis=1)
+
+    def by_row(table_VA: Array, tokens_U: Array) -> Array:
+        return table_VA[tokens_U]
+
+    return lax.platform_dependent(table_VA, tokens_U, tpu=by_column, default=by_row)
+
+
+def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) -> Array:
     """`linear` with entry `which` of a stack of weights (None: `weight` is no stack).
 
     XLA on CPU copies a matrix that it picks at run time but reads a fixed one in place, so there a
@@ -59,6 +70,8 @@ def expert_linear(
 
     if which is None:
         return linear(x, weight, num)
+    if isinstance(weight, StackedWeight):
+        weight = weight.cut()
     if isinstance(weight, QuantizedArray) or len(weight) > MAX_BRANCHES:
         return picked(x, weight, which)
     return lax.platform_dependent(x, weight, which, cpu=branches, default=picked)
@@ -102,6 +115,8 @@ def routed_sum(
     expert's rows padded to tiles; a loop over the tiles in use picks the tile's expert, so weights
     are read (and decoded) one expert at a time.
     """
+    if num.matrix_kernels and not isinstance(weights["w1"], Array):
+        return _kernel_sum(weights, x_UD, routing, real_U, cfg, num)
     tokens, per_token = routing.experts_UA.shape
     if tokens == 1:
 
@@ -142,6 +157,31 @@ def routed_sum(
     for a in range(1, per_token):
         total = total + picked[:, a].astype(jnp.float32)
     return total
+
+
+def _kernel_sum(
+    weights: dict[str, Any],
+    x_UD: Array,
+    routing: Routing,
+    real_U: Array,
+    cfg: ModelConfig,
+    num: Numerics,
+) -> Array:
+    """`routed_sum` by its kernels; weights are quantised."""
+    stacked = isinstance(weights["w1"], StackedWeight)
+    stored = {name: w.stack if stacked else w for name, w in weights.items()}
+    return routed_experts(
+        x_UD,
+        jnp.where(real_U[:, None], routing.experts_UA, cfg.num_experts),
+        routing.weights_UA,
+        stored["w1"],
+        stored["w3"],
+        stored["w2"],
+        layer=weights["w1"].layer if stacked else None,
+        limit=cfg.swiglu_limit,
+        round_activations=num.rounds,
+        implementation=num.matrix_kernels,
+    )
 
 
 def expert_tile(tokens: int, rows: int, num_experts: int) -> int:

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from dsv4_jax.serving.settings import Option, integer, number, one_of, switch
 
 NUMERICS = ("reference", "plain")
 DTYPES = ("bfloat16", "float32")
+IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
 
 
@@ -63,6 +64,14 @@ OPTIONS = (
         300.0,
         number(0),
         "S",
+    ),
+    Option(
+        "implementation",
+        "model",
+        "of the hot path; interpret is slow",
+        read=one_of(*IMPLEMENTATIONS),
+        metavar=choices(IMPLEMENTATIONS),
+        unset="pallas on TPU, reference elsewhere",
     ),
     Option("dry-run", "model", "show the plan, memory included, then stop", False, switch),
     Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),

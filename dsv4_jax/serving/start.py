@@ -59,12 +59,13 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
-    num = Numerics(args.numerics, args.dtype)
+    num = Numerics(args.numerics, args.dtype, args.implementation)
     say(f"model    {name}: {cfg.num_layers} layers, {args.checkpoint or 'the demo'}")
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
-    say(f"numbers  {args.numerics} numerics, {args.dtype}")
+    how = args.implementation or ("pallas" if num.kernels else "reference")
+    say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     say(f"memory   {memory_plan(cfg, num, abstract(cfg, unit_specs(cfg)), sizes)}")
     return Plan(num, tokenizer, profile, max_len, scheduling, sizes)
 
@@ -92,7 +93,7 @@ def start(
         say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
 
     cfg, params = load(folder, progress=progress)
-    how = f"{plan.profile} {args.numerics} {args.dtype}"
+    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
     name = fingerprint(Path(folder, "manifest.json").read_bytes(), how.encode())
     engine = Engine(
         cfg,
