@@ -113,11 +113,11 @@ def _advance(
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
 
     def history(ring: dict[str, store.Rows], pos_B: Array) -> Recent:
-        read = (
+        values, scores = (
             store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
             for name in ("values", "scores")
         )
-        return Recent(*read, pos_B - length)
+        return Recent(values, scores, pos_B - length)
 
     if new["values"].shape[1] == 1:
         ring = {
