@@ -2,6 +2,7 @@
 
 python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
+python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "tests" / "data" / "bench_config.json"
 
@@ -37,7 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
+    add_kernels(commands)
     return ap
+
+
+def add_kernels(commands: Any) -> None:
+    text = "VMEM, SMEM, HBM bytes, FLOPs and floor of kernels and steps, by the TPU compiler"
+    kernels = commands.add_parser("kernels", help=text, description=text)
+    kernels.add_argument("--op", action="append", metavar="OP", help="default: all; repeatable")
+    cases = "cases to compile, such as 'flash_decode_*' (default: those that tests compile)"
+    kernels.add_argument("--case", metavar="GLOB", help=cases)
+    chips = "v5e, v5p, v6e or TPU7x (default: all); repeatable"
+    kernels.add_argument("--chip", action="append", metavar="CHIP", help=chips)
+    kernels.add_argument("--json", action="store_true", help="one JSON object a case, with more")
 
 
 def bench_model(args: argparse.Namespace) -> None:
@@ -53,10 +67,23 @@ def bench_model(args: argparse.Namespace) -> None:
         print(json.dumps(row) if args.json else compare.line(row), flush=True)
 
 
+def bench_kernels(args: argparse.Namespace) -> None:
+    from pallas_kernels import aot, bench
+
+    ops = bench.OPS | {"step": bench.Op("dsv4_jax.bench.step")}
+    if not args.json:
+        print(bench.HEADER, flush=True)
+    for row in bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case):
+        print(json.dumps(row) if args.json else bench.line(row), flush=True)
+
+
+COMMANDS = {"model": bench_model, "kernels": bench_kernels}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        bench_model(args)
+        COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
