@@ -160,19 +160,10 @@ def last_of(x: Array, count_B: Array) -> Array:
 
 def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
     positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
-    return Chunk(
-        pos_B,
-        count_B,
-        tokens_BT,
-        # kept apart: fused into their uses, sines would be computed for every head again
-        *lax.optimization_barrier(
-            tuple(
-                rotation(frequencies(cfg, compressed), positions_BT) for compressed in (False, True)
-            )
-        ),
-        cache.slots_B,
-        cache.table_BP,
-    )
+    turns = tuple(rotation(frequencies(cfg, kind), positions_BT) for kind in (False, True))
+    # kept apart: fused into their uses, sines would be computed for every head again
+    window, rows = lax.optimization_barrier(turns)
+    return Chunk(pos_B, count_B, tokens_BT, window, rows, cache.slots_B, cache.table_BP)
 
 
 def _run_group(
