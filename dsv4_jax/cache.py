@@ -40,7 +40,7 @@ E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
 KERNEL_TILE = 1024  # the same of kernels; an eighth of it is the least they read
 COLUMN_TILE = 128  # rows that a kernel rewrites together
-SCALE_BYTES = 4  # scales of a row fill whole words: other widths would be copied on every step
+SCALE_BYTES = 4  # whole words: XLA on TPU copies arrays of other widths before a kernel
 
 LayerCache = dict[str, Any]
 
@@ -49,8 +49,8 @@ LayerCache = dict[str, Any]
 class PackedRows:
     """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
 
-    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]` filled up
-    to whole words (8 bytes), rope bfloat16 `[..., R]`.
+    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]` (filled up
+    to whole words, 8 bytes, where kernels read them), rope bfloat16 `[..., R]`.
     """
 
     codes: Array
@@ -181,14 +181,15 @@ def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
     still = cfg.head_dim - cfg.rope_dim
     return PackedRows(
         codes=jnp.zeros((*lead, still), jnp.uint8),
-        scales=jnp.full((*lead, _scale_bytes(still)), E8M0_ONE, jnp.uint8),
+        scales=jnp.full((*lead, _scale_bytes(still, num)), E8M0_ONE, jnp.uint8),
         rope=jnp.zeros((*lead, cfg.rope_dim), jnp.uint16),
     )
 
 
-def _scale_bytes(channels: int) -> int:
-    """Bytes for the scales of this many FP8 channels."""
-    return -(-channels // (KV_BLOCK * SCALE_BYTES)) * SCALE_BYTES
+def _scale_bytes(channels: int, num: Numerics) -> int:
+    """Bytes for the scales of this many FP8 channels; whole words where kernels read them."""
+    scales = -(-channels // KV_BLOCK)
+    return -(-scales // SCALE_BYTES) * SCALE_BYTES if num.kernels else scales
 
 
 def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:

@@ -113,18 +113,17 @@ def _advance(
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
 
     def history(ring: dict[str, store.Rows], pos_B: Array) -> Recent:
-        values, scores = (
-            store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
-            for name in ("values", "scores")
-        )
-        return Recent(values, scores, pos_B - length)
+        def read(name: str) -> Array:
+            return store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
+
+        return Recent(read("values"), read("scores"), pos_B - length)
 
     if new["values"].shape[1] == 1:
         ring = {
             name: store.ring_push(ring[name], place, pos_B, count_B, new[name][:, 0])
             for name in ring
         }
-        return lambda: Recent(*_windows_of(ring, place, pos_B, ratio), None), ring
+        return lambda: _windows_of(ring, place, pos_B, ratio), ring
     old = history(ring, pos_B)
     recent = Recent(
         jnp.concatenate([old.values, new["values"]], axis=1),
@@ -140,8 +139,8 @@ def _advance(
 
 def _windows_of(
     ring: dict[str, store.Rows], place: store.Place, pos_B: Array, ratio: int
-) -> list[Array]:
-    """Ring values and scores in the order of the row that ends with position `pos_B`, if one does.
+) -> Recent:
+    """The ring in the order of the row that ends with position `pos_B`, if one does.
 
     The ring holds one window, which lies in order, or two, of which the later may come first.
     """
@@ -154,7 +153,7 @@ def _windows_of(
             return a
         return jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
 
-    return [read(name) for name in ("values", "scores")]
+    return Recent(read("values"), read("scores"), None)
 
 
 def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:

@@ -166,14 +166,10 @@ def last_of(x: Array, count_B: Array) -> Array:
 
 def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
     positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+    turns = tuple(rotation(frequencies(cfg, kind), positions_BT) for kind in (False, True))
     # kept apart: fused into their uses, sines would be computed for every head again
-    turn, turn_compressed = lax.optimization_barrier(
-        (
-            rotation(frequencies(cfg, compressed=False), positions_BT),
-            rotation(frequencies(cfg, compressed=True), positions_BT),
-        )
-    )
-    return Chunk(pos_B, count_B, tokens_BT, turn, turn_compressed, cache.slots_B, cache.table_BP)
+    window, rows = lax.optimization_barrier(turns)
+    return Chunk(pos_B, count_B, tokens_BT, window, rows, cache.slots_B, cache.table_BP)
 
 
 def _run_group(
