@@ -26,6 +26,7 @@ DEMO = Path(__file__).parents[1] / "dsv4_jax" / "data" / "demo"
 DEMO_NOTICE = "This is a demo: a tiny model with random weights. The text it writes is noise."
 say = partial(print, flush=True)
 DEFAULT_MAX_LEN = 131_072
+WAITING_PER_SLOT, MAX_WAITING = 4, 256  # requests that wait in the engine, where tenants take turns
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -153,9 +154,9 @@ def run(args: argparse.Namespace, folder: str) -> None:
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
     notice = None if args.checkpoint else DEMO_NOTICE
-    service = Service(
-        Settings(tuple(names), notice, tuple(args.api_key or ()), parallel=args.slots)
-    )
+    followed = args.slots + min(WAITING_PER_SLOT * args.slots, MAX_WAITING)
+    keys = tuple(args.api_key or ())
+    service = Service(Settings(tuple(names), notice, keys, parallel=followed, max_waiting=0))
     url = url_of(listener)
     serve(service, listener, lambda: load(args, folder, service, url), args.drain_timeout)
 
