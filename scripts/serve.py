@@ -73,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     prompt = ap.add_argument_group("prompt")
     effort = "of thinking, if a request names none; default high"
     prompt.add_argument("--default-effort", choices=EFFORTS, default="high", help=effort)
+    loops = "close reasoning that goes in circles"
+    prompt.add_argument("--loop-guard", action="store_true", help=loops)
     profile = "the prompts the model was trained on; default auto: look at the checkpoint"
     profiles = ("auto", "preview", "official")
     prompt.add_argument("--prompt-profile", choices=profiles, default="auto", help=profile)
@@ -139,7 +141,7 @@ def load(args: argparse.Namespace, folder: str, service: Service, url: str) -> N
     engine.warm_up()
     engine.start()
     atexit.register(engine.stop)
-    planner = Planner(tokenizer, profile, max_len, args.default_effort)
+    planner = Planner(tokenizer, profile, max_len, args.default_effort, args.loop_guard)
     service.ready(planner, engine, name)
     say(f"ready after {time.monotonic() - start:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))

@@ -29,6 +29,7 @@ from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 MAX_ANSWER_TOKENS = 393_216
+TASK_TOKENS = 64  # of the answer to a quick instruction, unless asked otherwise
 # Names of the public API that choose a mode; they answer beside the served names.
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
@@ -129,6 +130,10 @@ class Planner:
         ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
         prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
+        if request.task is not None:  # its answer is a few plain words
+            self._check_task(request)
+            tools = []
+        asked = request.max_tokens or (TASK_TOKENS if request.task is not None else None)
         return PromptPlan(
             prompt_ids=prompt_ids,
             thinking=thinking,
@@ -136,9 +141,7 @@ class Planner:
             starts_in_reasoning=starts_in_reasoning(segments),
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            sampling=self.sampling(
-                request.sampling, len(prompt_ids), request.max_tokens, request.logprobs
-            ),
+            sampling=self.sampling(request.sampling, len(prompt_ids), asked, request.logprobs),
             n=request.n,
             stop=request.stop,
             stop_ids=request.stop_ids,
@@ -151,6 +154,15 @@ class Planner:
             restored=restored,
             warning=self._warning(effort),
         )
+
+    def _check_task(self, request: ChatRequest) -> None:
+        given = {
+            "response_format": request.reply_format is not None,
+            "tool_choice": request.tool_choice.mode == "required",
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise invalid(name, "cannot be combined with a task")
 
     def sampling(
         self, given: Mapping[str, Any], prompt: int, asked: int | None, logprobs: int | None
@@ -179,6 +191,8 @@ class Planner:
                 show_tools=request.tool_choice.mode != "none",
                 response_format=schema if reply and reply.kind == "json_schema" else None,
                 continue_final_message=request.continue_final_message,
+                task=request.task,
+                extracted_url=request.extracted_url,
                 restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
             )
             segments = render_segments(
