@@ -46,7 +46,8 @@ class PromptPlan:
 
     `effort` is the encoder's name for it; `stop` applies to content, and to reasoning if
     `stop_in_reasoning`; `thinking_budget` is the number of reasoning tokens after which reasoning
-    is closed, as it is with `loop_guard` once the model repeats itself; `tenant` is who shares
+    is closed, as it is with `loop_guard` once the model repeats itself; `checkpoints` are positions
+    of the prompt behind which other prompts may differ; `tenant` is who shares
     cached prompts; `restored` earlier answers stand in the prompt as the model said them; `warning`
     is for the client.
     """
@@ -66,6 +67,7 @@ class PromptPlan:
     constraints: Constraints
     thinking_budget: int | None
     loop_guard: bool
+    checkpoints: tuple[int, ...]
     tenant: str
     restored: int
     warning: str | None
@@ -102,6 +104,8 @@ class Planner:
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
         )
+        self._user_id = tokenizer.control_id(C.USER)
+        self._assistant_id = tokenizer.control_id(C.ASSISTANT)
         self.controls = ControlIds(
             think_end=tokenizer.control_id(C.THINK_END),
             dsml=tokenizer.control_id(C.DSML),
@@ -150,10 +154,23 @@ class Planner:
             constraints=self._constraints(request, messages, tools),
             thinking_budget=request.thinking_budget,
             loop_guard=self.loop_guard,
+            checkpoints=self._checkpoints(prompt_ids),
             tenant=tenant,
             restored=restored,
             warning=self._warning(effort),
         )
+
+    def _checkpoints(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the first user speaks, and where the answer begins.
+
+        What the system says is shared by chats; the answer may come back without its reasoning.
+        """
+        places = []
+        if self._user_id in prompt_ids:
+            places.append(prompt_ids.index(self._user_id))
+        if self._assistant_id in prompt_ids:
+            places.append(len(prompt_ids) - 1 - prompt_ids[::-1].index(self._assistant_id))
+        return tuple(place for place in places if place)
 
     def _check_task(self, request: ChatRequest) -> None:
         given = {

@@ -214,6 +214,7 @@ class Turn:
                 guide=guide,
                 after=follows.wait(self._is_cancelled) if follows else None,
                 keep_output=plan.has_tools or bool(switches),
+                checkpoints=plan.checkpoints,
             ),
         )
 

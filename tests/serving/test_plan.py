@@ -199,3 +199,16 @@ def test_seeds_of_several_answers():
     assert seeds[0] == 5 and len(set(seeds)) == 3
     assert seeds == [plan(n=3, seed=5).choice(index).sampling.seed for index in range(3)]
     assert plan(n=3).choice(2).sampling.seed is None
+
+
+def test_checkpoints_are_where_prompts_part():
+    messages = [
+        {"role": "system", "content": "S"},
+        USER,
+        {"role": "assistant", "content": "a"},
+        USER,
+    ]
+    planned = plan(messages=messages, **OFF)
+    first, last = planned.checkpoints
+    assert prompt_text(planned.prompt_ids[:first]) == f"{C.BOS}S"
+    assert prompt_text(planned.prompt_ids[last:]) == f"{C.ASSISTANT}{C.THINK_END}"

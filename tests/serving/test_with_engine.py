@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 MAX_LEN, SLOTS = 2048, 3
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 OFF = {"extra_body": {"thinking": {"type": "disabled"}}}
-BRIEF = {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 20}}}
+THINK = {"thinking": {"type": "enabled", "budget_tokens": 20}}
+BRIEF = {"extra_body": THINK | {"reasoning_effort": "low"}}
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
@@ -139,7 +140,10 @@ def test_a_grammar_that_explodes_ends_its_request_alone(client):
     regex = {"type": "regex", "regex": "((a{1,100}){1,100}){1,100}"}
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):
         client.chat.completions.create(
-            **ASK, max_tokens=400, extra_body={**OFF["extra_body"], "response_format": regex}
+            **ASK,
+            max_tokens=400,
+            logit_bias={str(tokenizer().eos_id): -100},
+            extra_body={**OFF["extra_body"], "response_format": regex},
         )
     assert client.chat.completions.create(**ASK, **OFF, max_tokens=3).choices
 
@@ -167,7 +171,7 @@ def test_cancelling(address, client, stream):
 def test_messages(address):
     with anthropic.Anthropic(base_url=address, api_key="x") as client:
         asked = {**ASK, "max_tokens": 20}
-        with client.messages.stream(**asked, **BRIEF["extra_body"]) as stream:
+        with client.messages.stream(**asked, **THINK) as stream:
             message = stream.get_final_message()
     assert message.usage.output_tokens <= 20
     assert message.content[0].type == "thinking"
