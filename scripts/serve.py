@@ -28,6 +28,7 @@ say = partial(print, flush=True)
 EPILOG = """Every setting is also a key of the --config file (max-len) and an environment variable
 (DSV4_MAX_LEN). A flag wins over a variable, a variable over the file.
 Exit status: 0 stopped, 1 failed, 2 usage."""
+WAITING_PER_SLOT, MAX_WAITING = 4, 256  # requests that wait in the engine, where tenants take turns
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -42,7 +43,8 @@ def run(args: SimpleNamespace, folder: str) -> None:
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
     notice = None if args.checkpoint else DEMO_NOTICE
-    service = Service(Settings(names, notice, args.api_key, parallel=args.slots))
+    followed = args.slots + min(WAITING_PER_SLOT * args.slots, MAX_WAITING)
+    service = Service(Settings(names, notice, args.api_key, parallel=followed, max_waiting=0))
     url = url_of(listener)
     serve(
         service,

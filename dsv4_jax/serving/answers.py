@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv4_jax.serving.choices import Choices
 from dsv4_jax.serving.engine.loop import EngineFull
+from dsv4_jax.serving.engine.request import FinishReason
+from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
 from dsv4_jax.serving.events import Event, Finish
 from dsv4_jax.serving.leader import Cancelled
@@ -21,6 +23,7 @@ from dsv4_jax.serving.service import Service
 from dsv4_jax.serving.streams import Encoder, EventStream, unless_disconnected
 
 _log = logging.getLogger(__name__)
+_TRY_LATER = {FinishReason.QUEUE_TIMEOUT: "queue_timeout", FinishReason.SHUTDOWN: "draining"}
 Item = Event | Finish
 Answers = Sequence[tuple[Sequence[Event], Finish]]
 
@@ -82,6 +85,8 @@ class _Choice:
         except Exception as error:
             if self._service.has_failed:
                 raise not_ready("engine_unhealthy") from error
+            if isinstance(error, EngineError) and error.reason in _TRY_LATER:
+                raise not_ready(_TRY_LATER[error.reason]) from error
             raise
 
     def close(self) -> None:

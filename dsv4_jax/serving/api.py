@@ -75,6 +75,7 @@ def create_app(service: Service) -> ASGIApp:
             *(Route(path, guarded(handler), methods=["POST"]) for path, handler in POSTS.items()),
             Route("/v1/requests/{name}/cancel", guarded(_cancel), methods=["POST"]),
             Route("/v1/models", guarded(_models)),
+            Route("/v1/server_info", guarded(_server_info)),
             Route("/v1/models/{name:path}", guarded(_model)),
             *(Route(path, _with(service, handler)) for path, handler in open_routes.items()),
             Route("/", _page),
@@ -150,6 +151,25 @@ async def _cancel(service: Service, request: Request) -> Response:
     name = request.path_params["name"]
     was_running = service.cancel(request.scope["dsv4.tenant"], name)
     return JSONResponse({"id": name, "cancelled": was_running})
+
+
+async def _server_info(service: Service, _: Request) -> Response:
+    """What was decided when the server started."""
+    loaded, settings = service.loaded(), service.settings
+    planner = loaded.planner
+    return JSONResponse(
+        {
+            "version": _own_version(),
+            "models": list(settings.names),
+            "max_model_len": planner.max_len,
+            "prompt_profile": planner.profile,
+            "default_effort": planner.default_effort,
+            "loop_guard": planner.loop_guard,
+            "replay_tokens": settings.replay_tokens,
+            "system_fingerprint": loaded.fingerprint,
+            "tokenizer_sha256": planner.tokenizer.sha256,
+        }
+    )
 
 
 def _entry(service: Service, name: str) -> dict[str, Any]:
@@ -241,4 +261,7 @@ class _Outermost:
                 self._counters.error(code)
 
 
-_COUNTED = {*POSTS, "/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/"}
+_COUNTED = {
+    *(*POSTS, "/v1/models", "/v1/server_info", "/health", "/ready", "/version"),
+    *("/metrics", "/openapi.json", "/"),
+}

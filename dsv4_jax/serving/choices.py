@@ -47,7 +47,8 @@ class Choices(Generic[T]):
         for job in self._jobs:
             job.cancel()
         for read in self._reading.values():
-            read.cancel()
+            if not read.cancel() and not read.cancelled():
+                read.exception()  # nobody else will ask for it
         self._reading.clear()
         self._open.clear()
 

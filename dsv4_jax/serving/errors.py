@@ -73,9 +73,16 @@ def queue_full(retry_after_s: int) -> ApiError:
     return ApiError(429, "queue_full", message, headers=headers)
 
 
+_PHASES = {
+    "engine_unhealthy": "The engine has failed.",
+    "queue_timeout": "The request waited too long for its turn.",
+}
+
+
 def not_ready(phase: str, retry_after_s: int = 5) -> ApiError:
     headers = {"retry-after": str(retry_after_s)}
-    message = f"The server is {phase}. Try again in {retry_after_s} s."
+    what = _PHASES.get(phase, f"The server is {phase}.")
+    message = f"{what} Try again in {retry_after_s} s."
     return ApiError(503, phase, message, headers=headers)
 
 

@@ -103,6 +103,7 @@ OPTIONS = (
         one_of(*EFFORTS),
         "E",
     ),
+    Option("loop-guard", "prompt", "close reasoning that goes in circles", False, switch),
     Option(
         "prompt-profile",
         "prompt",

@@ -29,6 +29,7 @@ from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 MAX_ANSWER_TOKENS = 393_216
+TASK_TOKENS = 64  # of the answer to a quick instruction, unless asked otherwise
 # Names of the public API that choose a mode; they answer beside the served names.
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
@@ -45,7 +46,8 @@ class PromptPlan:
 
     `effort` is the encoder's name for it; `stop` applies to content, and to reasoning if
     `stop_in_reasoning`; `thinking_budget` is the number of reasoning tokens after which reasoning
-    is closed, as it is with `loop_guard` once the model repeats itself; `tenant` is who shares
+    is closed, as it is with `loop_guard` once the model repeats itself; `checkpoints` are positions
+    of the prompt behind which other prompts may differ; `tenant` is who shares
     cached prompts; `restored` earlier answers stand in the prompt as the model said them; `warning`
     is for the client.
     """
@@ -65,6 +67,7 @@ class PromptPlan:
     constraints: Constraints
     thinking_budget: int | None
     loop_guard: bool
+    checkpoints: tuple[int, ...]
     tenant: str
     restored: int
     warning: str | None
@@ -101,6 +104,8 @@ class Planner:
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
         )
+        self._user_id = tokenizer.control_id(C.USER)
+        self._assistant_id = tokenizer.control_id(C.ASSISTANT)
         self.controls = ControlIds(
             think_end=tokenizer.control_id(C.THINK_END),
             dsml=tokenizer.control_id(C.DSML),
@@ -129,6 +134,10 @@ class Planner:
         ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
         prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
+        if request.task is not None:  # its answer is a few plain words
+            self._check_task(request)
+            tools = []
+        asked = request.max_tokens or (TASK_TOKENS if request.task is not None else None)
         return PromptPlan(
             prompt_ids=prompt_ids,
             thinking=thinking,
@@ -136,9 +145,7 @@ class Planner:
             starts_in_reasoning=starts_in_reasoning(segments),
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            sampling=self.sampling(
-                request.sampling, len(prompt_ids), request.max_tokens, request.logprobs
-            ),
+            sampling=self.sampling(request.sampling, len(prompt_ids), asked, request.logprobs),
             n=request.n,
             stop=request.stop,
             stop_ids=request.stop_ids,
@@ -147,10 +154,32 @@ class Planner:
             constraints=self._constraints(request, messages, tools),
             thinking_budget=request.thinking_budget,
             loop_guard=self.loop_guard,
+            checkpoints=self._checkpoints(prompt_ids),
             tenant=tenant,
             restored=restored,
             warning=self._warning(effort),
         )
+
+    def _checkpoints(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the first user speaks, and where the answer begins.
+
+        What the system says is shared by chats; the answer may come back without its reasoning.
+        """
+        places = []
+        if self._user_id in prompt_ids:
+            places.append(prompt_ids.index(self._user_id))
+        if self._assistant_id in prompt_ids:
+            places.append(len(prompt_ids) - 1 - prompt_ids[::-1].index(self._assistant_id))
+        return tuple(place for place in places if place)
+
+    def _check_task(self, request: ChatRequest) -> None:
+        given = {
+            "response_format": request.reply_format is not None,
+            "tool_choice": request.tool_choice.mode == "required",
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise invalid(name, "cannot be combined with a task")
 
     def sampling(
         self, given: Mapping[str, Any], prompt: int, asked: int | None, logprobs: int | None
@@ -179,6 +208,8 @@ class Planner:
                 show_tools=request.tool_choice.mode != "none",
                 response_format=schema if reply and reply.kind == "json_schema" else None,
                 continue_final_message=request.continue_final_message,
+                task=request.task,
+                extracted_url=request.extracted_url,
                 restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
             )
             segments = render_segments(

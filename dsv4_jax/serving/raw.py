@@ -134,6 +134,8 @@ class RawTurn:
         has_ended = False
         with closing(self._started(self.plan.sampling)) as stream:
             self._stream = stream
+            if self._is_cancelled():  # before `close` could know of the stream
+                raise Cancelled
             is_first = True
             for token in self._tokens(stream):
                 if is_first:

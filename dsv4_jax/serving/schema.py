@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4_jax.encoding.constants import TASK_TOKENS
 from dsv4_jax.serving.errors import invalid, unsupported
 from dsv4_jax.serving.fields import Fields
 from dsv4_jax.serving.sampling_fields import (
@@ -33,8 +34,6 @@ _NOT_YET: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "ignore_eos": (False,),
     "min_tokens": (0,),
-    "task": (),
-    "extracted_urls": ([],),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -47,6 +46,7 @@ _KNOWN = {
     *("logprobs", "top_logprobs", "stop_token_ids", "stop_in_reasoning", "stream", "store"),
     *("include_stop_str_in_output", "stream_options", "tools", "tool_choice", "response_format"),
     *("parallel_tool_calls", "user", "user_id", "metadata", "priority", "continue_final_message"),
+    *("task", "extracted_urls"),
     *_NOT_YET,
 }
 
@@ -57,7 +57,8 @@ class ChatRequest:
 
     `thinking` is the field of that name; `template_thinking` and `template_effort` come from
     `chat_template_kwargs`. `sampling` are arguments of `SamplingParams`; `logprobs` is how many
-    best tokens to report beside each one; `tools` are as received; `user` is who asks.
+    best tokens to report beside each one; `tools` are as received; `user` is who asks; `task` is a
+    quick instruction, `extracted_url` what the task read_url is about.
     """
 
     messages: list[Any]
@@ -81,6 +82,8 @@ class ChatRequest:
     tool_choice: ToolChoice = ToolChoice()
     parallel_calls: bool = True
     reply_format: ReplyFormat | None = None
+    task: str | None = None
+    extracted_url: str | None = None
     user: str = ""
     stream: bool = False
     include_usage: bool = False
@@ -126,6 +129,8 @@ def read_chat_request(body: object) -> ChatRequest:
         tool_choice=read_tool_choice(fields),
         parallel_calls=fields.boolean("parallel_tool_calls") is not False,
         reply_format=read_reply_format(fields),
+        task=fields.text("task", tuple(TASK_TOKENS)),
+        extracted_url=_extracted_url(fields),
         user=read_user(fields),
         stream=fields.boolean("stream") or False,
         include_usage=options.boolean("include_usage") or False,
@@ -151,6 +156,17 @@ def _thinking(fields: Fields) -> tuple[bool | None, int | None]:
     if kind is None:
         raise invalid("thinking.type", "is required: enabled or disabled")
     return kind == "enabled", budget
+
+
+def _extracted_url(fields: Fields) -> str | None:
+    urls = fields.array("extracted_urls", ANY_COUNT) or []
+    if not all(isinstance(url, str) and url for url in urls):
+        raise invalid("extracted_urls", "must be texts")
+    if len(urls) > 1:
+        raise unsupported("extracted_urls", "takes one URL; send one request for each")
+    if urls and fields.values.get("task") != "read_url":
+        raise invalid("extracted_urls", "is for the task read_url")
+    return urls[0] if urls else None
 
 
 def _logprobs(fields: Fields) -> int | None:

@@ -28,7 +28,8 @@ class Settings:
     """Choices of whoever runs the server.
 
     `names` are the model's, the first one preferred; `notice` is what users should know of it.
-    `parallel` answers are made at a time; `max_waiting` more requests may wait. Of answers that
+    `parallel` answers are followed at a time, those included that wait inside the model;
+    `max_waiting` more requests may wait before it. Of answers that
     called tools, `replay_tokens` tokens are remembered to restore them in later prompts; 0: none.
     """
 

@@ -110,7 +110,9 @@ def start(
     engine.warm_up()
     engine.start()
     atexit.register(engine.stop)
-    planner = Planner(plan.tokenizer, plan.profile, plan.max_len, args.default_effort)
+    planner = Planner(
+        plan.tokenizer, plan.profile, plan.max_len, args.default_effort, args.loop_guard
+    )
     service.ready(planner, engine, name)
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))

@@ -182,6 +182,8 @@ class Turn:
         """Yields tokens as the model continues the prompt and what is done of the answer."""
         with closing(self._started(guide, switches)) as stream:
             self._stream = stream
+            if self._is_cancelled():  # before `close` could know of the stream
+                raise Cancelled
             try:
                 for token in stream:
                     if self.cached_tokens is None:
@@ -214,6 +216,7 @@ class Turn:
                 guide=guide,
                 after=follows.wait(self._is_cancelled) if follows else None,
                 keep_output=plan.has_tools or bool(switches),
+                checkpoints=plan.checkpoints,
             ),
         )
 

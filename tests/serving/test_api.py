@@ -77,6 +77,12 @@ def test_unknown_paths_and_methods(client, method, path, status, code):
     assert ("allow" in reply.headers) == (status == 405)
 
 
+def test_server_info(client):
+    info = client.get("/v1/server_info").json()
+    assert (info["models"], info["prompt_profile"]) == ([MODEL, "alias"], "official")
+    assert info["system_fingerprint"] == "fp_fake"
+
+
 def test_request_ids(client):
     mine = client.get("/health", headers={"x-request-id": "abc-1"})
     assert mine.headers["x-request-id"] == "abc-1"

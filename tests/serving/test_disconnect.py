@@ -1,5 +1,6 @@
 """When the client leaves, the model stops; when the server stops, clients are told."""
 
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def sent(address: str, body: dict) -> Iterator[socket.socket]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_leaving_while_the_model_works(stream, monkeypatch):
+def test_leaving_while_the_model_works(stream, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     noticed = threading.Event()
     monkeypatch.setattr(Job, "cancel", also(Job.cancel, noticed.set))
     gate = threading.Semaphore(0)
@@ -62,6 +64,7 @@ def test_leaving_while_the_model_works(stream, monkeypatch):
         assert model.closed.wait(PATIENCE_S)
         assert model.streamed <= 2
         wait_for(lambda: service.thread.admitted == 0)
+        wait_for(lambda: "aborted_by=client" in caplog.text)
         model.gate = None
         reply = httpx.post(f"{address}/v1/chat/completions", json=ASK)
         assert reply.status_code == 200

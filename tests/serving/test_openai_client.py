@@ -8,6 +8,9 @@ import httpx
 import openai
 import pytest
 
+from dsv4_jax.serving.engine.loop import EngineFull
+from dsv4_jax.serving.engine.request import FinishReason
+from dsv4_jax.serving.engine.stream import EngineError
 from tests.serving.completions import block, invoke, json_parameter, text_parameter
 from tests.serving.fakes import MODEL, FakeModel, answer, chat_answer, ids, make_service
 from tests.serving.live import serving
@@ -154,6 +157,31 @@ def test_a_failing_model_is_a_500_and_the_next_request_works(client, model):
         list(client.chat.completions.create(**ASK, stream=True))
     model.fails_after = None
     assert client.chat.completions.create(**ASK).choices[0].message.content == "x"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [(FinishReason.QUEUE_TIMEOUT, "queue_timeout"), (FinishReason.SHUTDOWN, "draining")],
+)
+def test_what_may_work_later_is_a_503(client, model, reason, code, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("no", reason)
+
+    monkeypatch.setattr(model, "stream", fail)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(**ASK)
+    assert (caught.value.status_code, caught.value.code) == (503, code)
+    assert "retry-after" in caught.value.response.headers
+
+
+def test_a_full_engine_is_a_429(client, model, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise EngineFull("queue_full", 7)
+
+    monkeypatch.setattr(model, "stream", refuse)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(**ASK)
+    assert caught.value.response.headers["retry-after"] == "7"
 
 
 async def _ask(address: str) -> str | None:

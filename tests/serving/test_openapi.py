@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from dsv4_jax.serving import api
 from dsv4_jax.serving.openapi import document
-from tests.serving.fakes import FakeModel, answer, make_service
+from tests.serving.fakes import MODEL, FakeModel, answer, make_service
 from tests.serving.live import serving
 
 CHECKS = [
@@ -58,7 +58,8 @@ def test_keys_are_described():
     assert document("1", True)["security"] == [{"key": []}]
 
 
-def fuzz(address: str, path: str, mode: GenerationMode, count: int) -> None:
+def fuzz(address: str, path: str, mode: GenerationMode, count: int) -> set[int]:
+    """Sends requests made from the description; returns the statuses that came back."""
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     (operation,) = [found.ok() for found in schema.get_all_operations() if found.ok().path == path]
 
@@ -72,9 +73,13 @@ def fuzz(address: str, path: str, mode: GenerationMode, count: int) -> None:
     )
     @given(operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS, timeout=60)
+        if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+            case.body["model"] = MODEL  # any other is a 404 and nothing else
+        statuses.add(case.call_and_validate(checks=CHECKS, timeout=60).status_code)
 
+    statuses: set[int] = set()
     check()
+    return statuses
 
 
 PATHS = sorted({path for _, path in described()} - {"/chat/completions", "/completions"})
@@ -94,5 +99,7 @@ def test_many_requests(address, path, mode):
     has_body = ("POST", path) in set(described()) and "{" not in path
     if mode is GenerationMode.NEGATIVE and not has_body:
         pytest.skip("nothing can be wrong with it")
-    fuzz(address, path, mode, 100 if has_body else 5)
+    statuses = fuzz(address, path, mode, 100 if has_body else 5)
+    if has_body:
+        assert (200 in statuses) == (mode is GenerationMode.POSITIVE), statuses
     assert httpx.get(f"{address}/health").status_code == 200

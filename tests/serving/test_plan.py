@@ -4,7 +4,7 @@ import pytest
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.errors import ApiError
-from dsv4_jax.serving.plan import MAX_ANSWER_TOKENS, Planner
+from dsv4_jax.serving.plan import MAX_ANSWER_TOKENS, TASK_TOKENS, Planner
 from dsv4_jax.serving.schema import read_chat_request
 from tests.serving.fakes import MAX_LEN, prompt_text, tokenizer
 
@@ -159,3 +159,56 @@ def test_maximum_effort_in_a_short_context_is_warned_about():
     assert str(MAX_LEN) in (plan(reasoning_effort="max").warning or "")
     assert plan(reasoning_effort="max", max_len=MAX_ANSWER_TOKENS).warning is None
     assert plan().warning is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"task": "query"}, f"{C.USER}q{C.TASK_TOKENS['query']}"),
+        ({"task": "action"}, f"{C.ASSISTANT}{C.THINK_START}{C.TASK_TOKENS['action']}"),
+        (
+            {"task": "read_url", "extracted_urls": ["http://x"]},
+            f"{C.EXTRACTED_URL}http://x{C.TASK_TOKENS['read_url']}",
+        ),
+    ],
+)
+def test_tasks_are_answered_in_plain_text(fields, end):
+    planned = plan(**fields, tools=TOOLS)
+    assert prompt_text(planned.prompt_ids).endswith(end)
+    assert not planned.starts_in_reasoning and not planned.has_tools
+    assert planned.max_tokens == TASK_TOKENS
+    assert plan(**fields, max_tokens=7).max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_tasks_have_no_form(fields, param):
+    with pytest.raises(ApiError) as caught:
+        plan(task="query", **fields)
+    assert caught.value.param == param
+
+
+def test_seeds_of_several_answers():
+    planned = plan(n=3, seed=5)
+    seeds = [planned.choice(index).sampling.seed for index in range(3)]
+    assert seeds[0] == 5 and len(set(seeds)) == 3
+    assert seeds == [plan(n=3, seed=5).choice(index).sampling.seed for index in range(3)]
+    assert plan(n=3).choice(2).sampling.seed is None
+
+
+def test_checkpoints_are_where_prompts_part():
+    messages = [
+        {"role": "system", "content": "S"},
+        USER,
+        {"role": "assistant", "content": "a"},
+        USER,
+    ]
+    planned = plan(messages=messages, **OFF)
+    first, last = planned.checkpoints
+    assert prompt_text(planned.prompt_ids[:first]) == f"{C.BOS}S"
+    assert prompt_text(planned.prompt_ids[last:]) == f"{C.ASSISTANT}{C.THINK_END}"

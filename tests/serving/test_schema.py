@@ -51,7 +51,7 @@ UNSUPPORTED = [
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"ignore_eos": True}, "ignore_eos"),
     ({"min_tokens": 5}, "min_tokens"),
-    ({"task": "title"}, "task"),
+    ({"task": "read_url", "extracted_urls": ["a", "b"]}, "extracted_urls"),
     ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
 ]
 
@@ -82,6 +82,9 @@ WRONG = [
     ({"stop_token_ids": ["1"]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"response_format": {}}, "response_format.type"),
+    ({"task": "sing"}, "task"),
+    ({"task": "read_url", "extracted_urls": [5]}, "extracted_urls"),
+    ({"extracted_urls": ["a"]}, "extracted_urls"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "regex"}}, "response_format.regex"),
     ({"response_format": {"type": "grammar", "grammar": ""}}, "response_format.grammar"),

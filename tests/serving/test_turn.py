@@ -6,16 +6,16 @@ from dsv4_jax.serving.events import Finish, Reasoning, ToolStart
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.schema import read_chat_request
-from dsv4_jax.serving.turn import Turn
+from dsv4_jax.serving.turn import MAX_STRAY_MARKERS, Turn
 from tests.serving.completions import Parsed, block, invoke, text_parameter
 from tests.serving.fakes import FakeModel, answer, chat_answer, controls_in, ids, tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
-def take(model: FakeModel, **fields) -> tuple[Parsed, Finish, Turn]:
+def take(model: FakeModel, loop_guard=False, **fields) -> tuple[Parsed, Finish, Turn]:
     body = {"messages": [{"role": "user", "content": "q"}], **fields}
-    planner = Planner(tokenizer(), "official", model.max_len)
+    planner = Planner(tokenizer(), "official", model.max_len, loop_guard=loop_guard)
     turn = Turn(planner.plan(read_chat_request(body)), planner, model, lambda: False)
     parsed = Parsed()
     *events, finish = turn
@@ -129,3 +129,47 @@ def test_events_come_as_the_model_speaks():
     assert next(events) == Reasoning("r")
     assert model.streamed == 1
     assert not any(isinstance(event, ToolStart) for event in events)
+
+
+def test_reasoning_that_goes_in_circles_is_closed():
+    says = "Wait, no. " * 300
+    parsed, finish, turn = take(FakeModel(says, chat_answer("so")), loop_guard=True)
+    assert parsed.content == "so"
+    assert turn.guards["reasoning_loop"] == 1
+    assert len(parsed.reasoning) < 200
+    _, _, turn = take(FakeModel(says), max_tokens=500)
+    assert not turn.guards
+
+
+def test_reasoning_that_goes_on_is_left_alone():
+    says = "".join(f"{i}, " for i in range(700)) + answer("x")
+    _, _, turn = take(FakeModel(says), loop_guard=True)
+    assert not turn.guards["reasoning_loop"]
+
+
+def test_markers_that_open_nothing_interrupt_a_few_times_only():
+    model = FakeModel(answer("a｜DSML｜b" * 20))
+    parsed, _, turn = take(model, tools=TOOLS)
+    assert parsed.content == "ab" * 20
+    assert turn.guards["stray_marker"] == MAX_STRAY_MARKERS
+    assert len(model.streams) == 1 + MAX_STRAY_MARKERS
+
+
+def test_calls_that_have_begun_are_guided_and_the_text_before_is_not():
+    model = FakeModel(answer("Look.\n\n" + block(invoke("nope"))))
+    parsed, finish, turn = take(model, tools=TOOLS)
+    assert (parsed.content, parsed.names, finish.reason) == ("Look.", ["f"], "tool_calls")
+    assert [stream.given["guide"] is None for stream in model.streams] == [True, False]
+    assert turn.guards["tool_grammar"] == 1
+    assert all(stream.given["keep_output"] for stream in model.streams)
+
+
+def test_nothing_follows_the_calls():
+    model = FakeModel(answer(block(invoke("f")) + "more text"))
+    parsed, finish, _ = take(model, tools=TOOLS)
+    assert (parsed.content, finish.reason) == ("", "tool_calls")
+
+
+def test_budgets_count_across_interruptions():
+    parsed, finish, _ = take(FakeModel(answer(block(invoke("f")))), tools=TOOLS, max_tokens=30)
+    assert (finish.reason, finish.completion_tokens) == ("length", 30)

@@ -15,7 +15,11 @@ from dsv4_jax.serving.model import Token, TokenGuide
 
 
 class EngineError(RuntimeError):
-    """A request that the engine could not finish."""
+    """A request that the engine could not finish; `reason` is how it ended."""
+
+    def __init__(self, message: str, reason: FinishReason = FinishReason.ERROR) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(eq=False)
@@ -74,7 +78,8 @@ class RequestStream:
                 return item
             self._end = item
         if not self._is_closed and self._end not in (FinishReason.STOP, FinishReason.LENGTH):
-            raise EngineError(f"the request ended early: {self._end}") from self._payload.error
+            problem = f"the request ended early: {self._end}"
+            raise EngineError(problem, self._end) from self._payload.error
         raise StopIteration
 
     @property

@@ -93,6 +93,7 @@ def _paths() -> dict[str, Any]:
         ),
         "/v1/models": _get("The names this server answers under.", "Models", (401, 503)),
         "/v1/models/{name}": _with_name(_get("One of them.", "Model", (401, 404, 503))),
+        "/v1/server_info": _get("What was decided at the start.", "ServerInfo", (401, 503)),
         "/health": health,
         "/ready": ready,
         "/version": _get("The version of the server.", "Version"),

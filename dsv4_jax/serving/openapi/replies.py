@@ -144,7 +144,20 @@ SCHEMAS: dict[str, Schema] = {
     "Cancelled": reply({"id": TEXT, "cancelled": BOOLEAN}),
     "Model": _MODEL,
     "Models": reply({"object": one_of("list"), "data": list_of(ref("Model"))}),
-    "Health": reply({"status": TEXT}),
+    "ServerInfo": reply(
+        {
+            "version": TEXT,
+            "models": list_of(TEXT),
+            "max_model_len": COUNT,
+            "prompt_profile": TEXT,
+            "default_effort": TEXT,
+            "loop_guard": BOOLEAN,
+            "replay_tokens": COUNT,
+            "system_fingerprint": TEXT,
+            "tokenizer_sha256": TEXT,
+        }
+    ),
+    "Health": reply({"status": TEXT}, {"reason": TEXT}),
     "Ready": reply({"phase": TEXT, "percent": COUNT, "notice": maybe(TEXT)}),
     "Version": reply({"version": TEXT}),
     "Error": _ERROR,

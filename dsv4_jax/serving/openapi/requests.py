@@ -1,5 +1,6 @@
 """Schemas of what clients send."""
 
+from dsv4_jax.encoding.constants import TASK_TOKENS
 from dsv4_jax.serving.anthropic.request import EFFORTS as MESSAGE_EFFORTS
 from dsv4_jax.serving.completion_schema import MAX_PROMPTS
 from dsv4_jax.serving.openapi.terms import (
@@ -139,6 +140,8 @@ CHAT = asked(
         "logprobs": BOOLEAN,
         "top_logprobs": integer(0, MAX_LOGPROBS),
         "continue_final_message": BOOLEAN,
+        "task": one_of(*TASK_TOKENS),
+        "extracted_urls": list_of(TEXT, 1),
     },
     ("messages",),
 )
