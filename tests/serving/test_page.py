@@ -330,6 +330,20 @@ def test_a_refusal_is_readable_and_can_be_tried_again(opened):
     shown.answer().get_by_text("fine").wait_for()
 
 
+def test_a_warning_of_the_server_is_shown(opened):
+    shown, _ = opened(answer("fine"))
+
+    def warn(route: Any) -> None:
+        reply = route.fetch()
+        headers = {**reply.headers, "x-dsv4-warning": "A small context."}
+        route.fulfill(response=reply, headers=headers)
+
+    shown.page.route("**/v1/chat/completions", warn)
+    shown.send("q")
+    shown.wait_done()
+    assert "A small context." in shown.answer().locator(".meta").inner_text()
+
+
 def test_a_failure_in_the_middle_keeps_what_came(opened):
     shown, model = opened(answer("x" * 200))
     model.fails_after = 100
