@@ -174,6 +174,14 @@ def test_settings_reach_the_model_and_stay(opened):
     assert page.locator("article").count() == 0
 
 
+def test_tools_that_went_bad_open_the_settings(opened):
+    shown, _ = opened(answer("ok"))
+    shown.page.evaluate("$('tools').value = '{'")
+    shown.send("hello")
+    assert "Tools:" in shown.page.get_by_role("alert").inner_text()
+    assert shown.page.locator("article.user .bubble").inner_text() == "hello"
+
+
 def test_wrong_settings_are_not_taken(opened):
     shown, _ = opened(answer("ok"))
     page = shown.page
