@@ -13,7 +13,8 @@ from jax import Array, lax
 
 from dsv4_jax.numerics import Numerics
 
-NO_SCORE = -1e30  # finite, so that a query without any row yet keeps a finite maximum
+NO_SCORE = -1e30  # of masked rows
+NO_PEAK = -1e29  # maximum before any row was seen: finite, and masked rows vanish beside it
 
 
 class SoftmaxState(NamedTuple):
@@ -28,7 +29,7 @@ def start(q_BTNH: Array) -> SoftmaxState:
     """State before any row was seen."""
     one = (*q_BTNH.shape[:-1], 1)
     return SoftmaxState(
-        jnp.full(one, NO_SCORE, jnp.float32),
+        jnp.full(one, NO_PEAK, jnp.float32),
         jnp.zeros(one, jnp.float32),
         jnp.zeros(q_BTNH.shape, jnp.float32),
     )
@@ -57,7 +58,7 @@ def absorb(
     scores = _einsum(f"BTNH,B{own}SH->BTNS", q_BTNH, rows) * scale
     scores = jnp.where(mask_BTS[:, :, None], scores, NO_SCORE)
     peak = jnp.maximum(state.peak_BTN1, scores.max(axis=-1, keepdims=True))
-    probs = jnp.where(mask_BTS[:, :, None], jnp.exp(scores - peak), 0)
+    probs = jnp.exp(scores - peak)  # 0 where masked
     decay = jnp.exp(state.peak_BTN1 - peak)
     added = _einsum(f"BTNS,B{own}SH->BTNH", num.cast(probs), rows)
     return SoftmaxState(

@@ -7,18 +7,18 @@ the ones their indexer selects. A chunk of T new tokens from any position goes t
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dsv4_jax import attend, indexer
+from dsv4_jax import attend, indexer, kernels
 from dsv4_jax import cache as store
 from dsv4_jax.compress import Chunk, compress
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.norm import head_norm, rms_norm
-from dsv4_jax.numerics import Numerics, linear
+from dsv4_jax.numerics import Numerics, fp8_matmul, linear
 from dsv4_jax.params import attention_specs, declare
 from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
 from dsv4_jax.rope import Rotation, frequencies, rotate
@@ -51,42 +51,67 @@ class Attention(nn.Module):
         kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
 
         cache = dict(cache)
-        recent_BSH, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
+        window, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
         query = None
         if self.ratio:
             self._compress_rows(x_BTD, chunk, cache, index)
         if self.ratio == CSA:
             query = self._index_query(x_BTD, latent_BTQ, turn)
             self._compress_keys(x_BTD, chunk, cache, index)
-        out_BTNH = attend_chunk(
-            q_BTNH, recent_BSH, w["sink"], chunk, cache, index, query, self.ratio, cfg, num
-        )
-        out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
+        out_BTNH = self._attend(q_BTNH, window, chunk, cache, index, query, turn)
         return self._project(out_BTNH), cache
+
+    def _attend(
+        self,
+        q_BTNH: Array,
+        window: Window,
+        chunk: Chunk,
+        cache: store.LayerCache,
+        index: Array,
+        query: indexer.IndexQuery | None,
+        turn: Rotation,
+    ) -> Array:
+        """Attention output, turned back."""
+        cfg, num, sink_N = self.cfg, self.num, self.weights["sink"]
+        if num.kernels:
+            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            args = (chunk, cache, index, query, self.ratio, turn, cfg, num)
+            try:
+                return kernels.attend(q_BTNH, recent_BSH, sink_N, *args)
+            except NotImplementedError:
+                if num.implementation is not None:
+                    raise
+        args = (chunk, cache, index, query, self.ratio, cfg, num)
+        out_BTNH = attend_chunk(q_BTNH, window, sink_N, *args)
+        return rotate(out_BTNH, per_head(turn), num, inverse=True)
 
     def _compress_rows(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["compressor"], self.cfg
+        weights, cfg, num = self.weights["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["ring"] = compress(
             weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         rows = round_rows(new.rows_BCH, cfg, self.num)
         place = chunk.place(index)
-        cache["rows"] = store.write_rows(cache["rows"], place, new.first_B, new.count_B, rows)
+        cache["rows"] = store.write_rows(
+            cache["rows"], place, new.first_B, new.count_B, rows, num.kernels
+        )
 
     def _compress_keys(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
-        weights, cfg = self.weights["indexer"]["compressor"], self.cfg
+        weights, cfg, num = self.weights["indexer"]["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["key_ring"] = compress(
             weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
         )
         keys = round_index(new.rows_BCH, self.num)
         place = chunk.place(index)
-        cache["keys"] = store.write_rows(cache["keys"], place, new.first_B, new.count_B, keys)
+        cache["keys"] = store.write_rows(
+            cache["keys"], place, new.first_B, new.count_B, keys, num.kernels
+        )
 
     def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]
@@ -100,19 +125,23 @@ class Attention(nn.Module):
     def _project(self, out_BTNH: Array) -> Array:
         """Grouped low-rank output: consecutive heads form a group with its own slice of wo_a."""
         cfg, num = self.cfg, self.num
+        wo_a = self.weights["wo_a"]
+        if num.matrix_kernels and not isinstance(wo_a, Array):
+            out_BTx = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+            low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=cfg.o_groups)
+            return linear(low_BTz, self.weights["wo_b"], num)
         out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(self.weights["wo_a"], num.jnp_dtype).reshape(
-            cfg.o_groups, cfg.o_rank, cfg.group_dim
-        )
-        low_BTGO = jnp.einsum(
-            "BTGg,GOg->BTGO",
+        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(cfg.o_groups, cfg.o_rank, cfg.group_dim)
+        # activations first: an einsum would transpose them
+        low_GBTO = lax.dot_general(
             out_BTGg,
             wo_a_GOg,
+            (((3,), (2,)), ((2,), (0,))),
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST,
         )
-        low_BTz = num.cast(low_BTGO).reshape(*out_BTNH.shape[:2], -1)
+        low_BTz = num.cast(jnp.moveaxis(low_GBTO, 0, 2)).reshape(*out_BTNH.shape[:2], -1)
         return linear(low_BTz, self.weights["wo_b"], num)
 
 
@@ -137,20 +166,35 @@ def round_index(x: Array, num: Numerics) -> Array:
     return fake_fp4(num.cast(hadamard(x))) if num.rounds else x
 
 
+class Window(NamedTuple):
+    """Rows around a chunk's queries and their positions; negative where there is no row."""
+
+    rows_BSH: Array
+    position_BS: Array
+
+
 def _extend_window(
     ring: store.Rows, kv_BTH: Array, index: Array, chunk: Chunk, num: Numerics
-) -> tuple[Array, store.Rows]:
-    """The window in front of the chunk followed by the chunk's rows, and the advanced ring."""
+) -> tuple[Window, store.Rows]:
+    """The window in front of the chunk followed by the chunk's rows, and the advanced ring.
+
+    Of a single token the window is the advanced ring as it lies: nothing is moved.
+    """
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
-    history = store.ring_history(ring, chunk.place(index), chunk.pos_B, length, num.jnp_dtype)
+    place, pos_B, count_B = chunk.place(index), chunk.pos_B, chunk.count_B
+    if fresh == 1:
+        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0], num.kernels)
+        rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
+        return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
+    history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, chunk.place(index), chunk.pos_B, chunk.count_B, recent_BSH, fresh)
-    return recent_BSH, ring
+    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH, num.kernels)
+    return Window(recent_BSH, pos_B[:, None] + jnp.arange(-length, fresh)[None]), ring
 
 
 def attend_chunk(
     q_BTNH: Array,
-    recent_BSH: Array,
+    window: Window,
     sink_N: Array,
     chunk: Chunk,
     cache: store.LayerCache,
@@ -167,31 +211,31 @@ def attend_chunk(
     pad = tiles * tile - fresh
 
     def padded(a: Array) -> Array:
-        return jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)) if pad else a
+        edges = [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.pad(a, edges, constant_values=-1) if pad else a
 
-    q_BTNH, recent_BSH = padded(q_BTNH), padded(recent_BSH)
+    q_BTNH, window = padded(q_BTNH), Window(*map(padded, window))
     if query is not None:
         query = indexer.IndexQuery(padded(query.q_BTIJ), padded(query.w_BTI))
-    attend_tile = partial(
-        _attend_tile, recent_BSH, sink_N, chunk, cache, index, ratio, cfg, num, tile
-    )
+    attend_tile = partial(_attend_tile, window, sink_N, chunk, cache, index, ratio, cfg, num, tiles)
     if tiles == 1:
         return attend_tile(jnp.int32(0), q_BTNH, query)[:, :fresh]
 
     def cut(a: Array, begin: Array) -> Array:
         return lax.dynamic_slice_in_dim(a, begin, tile, axis=1)
 
-    def one(step: Array) -> Array:
+    def body(step: Array, q_BTNH: Array) -> Array:
+        """The tile's outputs take the place of its queries."""
         begin = step * tile
         part = query and indexer.IndexQuery(cut(query.q_BTIJ, begin), cut(query.w_BTI, begin))
-        return attend_tile(begin, cut(q_BTNH, begin), part)
+        out = attend_tile(begin, cut(q_BTNH, begin), part)
+        return lax.dynamic_update_slice_in_dim(q_BTNH, out, begin, axis=1)
 
-    out = jnp.moveaxis(lax.map(one, jnp.arange(tiles)), 0, 1)
-    return out.reshape(out.shape[0], tiles * tile, *out.shape[3:])[:, :fresh]
+    return lax.fori_loop(0, tiles, body, q_BTNH)[:, :fresh]
 
 
 def _attend_tile(
-    recent_BSH: Array,
+    window: Window,
     sink_N: Array,
     chunk: Chunk,
     cache: store.LayerCache,
@@ -199,19 +243,18 @@ def _attend_tile(
     ratio: int,
     cfg: ModelConfig,
     num: Numerics,
-    tile: int,
+    tiles: int,
     begin: Array,
     q_BTNH: Array,
     query: indexer.IndexQuery | None,
 ) -> Array:
     """Queries `begin` … `begin + tile` of the chunk over window and compressed rows."""
-    # recent_BSH holds one ring length of history, so query i stands at entry i + history
-    history = store.num_rows(cache["window"])
-    rows_BSH = lax.dynamic_slice_in_dim(recent_BSH, begin, history + tile, axis=1)
-    ago_TS = jnp.arange(tile)[:, None] + history - jnp.arange(history + tile)[None]
-    position_BS = chunk.pos_B[:, None] + begin - history + jnp.arange(history + tile)[None]
-    in_window = ((ago_TS >= 0) & (ago_TS < cfg.window))[None]
-    mask_BTS = in_window & (position_BS >= 0)[:, None]
+    tile = q_BTNH.shape[1]
+    span = window.rows_BSH.shape[1] - (tiles - 1) * tile  # what the tile's queries may see
+    rows_BSH, position_BS = (lax.dynamic_slice_in_dim(a, begin, span, axis=1) for a in window)
+    query_BT = chunk.pos_B[:, None] + begin + jnp.arange(tile)[None]
+    ago_BTS = query_BT[:, :, None] - position_BS[:, None]
+    mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (position_BS >= 0)[:, None]
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, rows_BSH, mask_BTS, num)
     if ratio:
         steps = (begin + jnp.arange(tile))[None]

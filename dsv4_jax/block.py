@@ -12,7 +12,7 @@ from dsv4_jax.attention import Attention
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.compress import Chunk
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.mhc import HyperConnection, HyperHead, spread, weigh_streams
+from dsv4_jax.mhc import HyperConnection, HyperHead, spread
 from dsv4_jax.moe import MoE
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear
@@ -39,16 +39,12 @@ class Block(nn.Module):
     def __call__(
         self, h_BTMD: Array, chunk: Chunk, cache: LayerCache, index: Array
     ) -> tuple[Array, LayerCache]:
-        cfg, num = self.cfg, self.num
-        mix = self.hc_attn(h_BTMD)
-        x_BTD = weigh_streams(h_BTMD, mix.pre_MBT, num)
-        x_BTD = rms_norm(x_BTD, self.norms["attn_norm"], cfg.norm_eps, num)
+        num = self.num
+        x_BTD, mix = self.hc_attn.feed(h_BTMD, self.norms["attn_norm"], num)
         a_BTD, cache = self.attn(x_BTD, chunk, cache, index)
         h_BTMD = spread(a_BTD, h_BTMD, mix, num)
 
-        mix = self.hc_ffn(h_BTMD)
-        x_BTD = weigh_streams(h_BTMD, mix.pre_MBT, num)
-        x_BTD = rms_norm(x_BTD, self.norms["ffn_norm"], cfg.norm_eps, num)
+        x_BTD, mix = self.hc_ffn.feed(h_BTMD, self.norms["ffn_norm"], num)
         real_BT = jnp.arange(x_BTD.shape[1])[None] < chunk.count_B[:, None]
         f_BTD = self.ffn(x_BTD, chunk.tokens_BT, real_BT)
         return spread(f_BTD, h_BTMD, mix, num), cache

@@ -34,9 +34,13 @@ from dsv4_jax.quant import (
     unpack_fp4,
 )
 from dsv4_jax.schedule import layer_groups
+from pallas_kernels.row_update.api import update_rows
 
 E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
+KERNEL_TILE = 1024  # the same of kernels; an eighth of it is the least they read
+COLUMN_TILE = 128  # rows that a kernel rewrites together
+SCALE_BYTES = 4  # scales of a row fill whole words: other widths would be copied on every step
 
 LayerCache = dict[str, Any]
 
@@ -45,8 +49,8 @@ LayerCache = dict[str, Any]
 class PackedRows:
     """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
 
-    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, rope
-    bfloat16 `[..., R]`.
+    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]` filled up
+    to whole words (8 bytes), rope bfloat16 `[..., R]`.
     """
 
     codes: Array
@@ -95,7 +99,8 @@ def init_cache(
         raise ValueError(f"max_len={max_len} must lie between 1 and the model's {cfg.max_len}")
 
     def rows_of(ratio: int) -> tuple[int, int]:
-        return batch, row_capacity(max_len, ratio)
+        rows = row_capacity(max_len, ratio)
+        return batch, -(-rows // row_unit(rows)) * row_unit(rows) if num.kernels else rows
 
     return _init(cfg, batch, rows_of, num, scan)
 
@@ -128,6 +133,11 @@ def row_capacity(max_len: int, ratio: int) -> int:
     """Compressed rows allocated for `max_len` tokens: whole tiles, so that reads never clamp."""
     rows = max(max_len // ratio, 1)
     return -(-rows // ROW_TILE) * ROW_TILE if rows > ROW_TILE else rows
+
+
+def row_unit(rows: int) -> int:
+    """Kernels read compressed rows in tiles of this size."""
+    return KERNEL_TILE if rows > ROW_TILE else KERNEL_TILE // 8
 
 
 def _init(
@@ -171,9 +181,14 @@ def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
     still = cfg.head_dim - cfg.rope_dim
     return PackedRows(
         codes=jnp.zeros((*lead, still), jnp.uint8),
-        scales=jnp.full((*lead, -(-still // KV_BLOCK)), E8M0_ONE, jnp.uint8),
+        scales=jnp.full((*lead, _scale_bytes(still)), E8M0_ONE, jnp.uint8),
         rope=jnp.zeros((*lead, cfg.rope_dim), jnp.uint16),
     )
+
+
+def _scale_bytes(channels: int) -> int:
+    """Bytes for the scales of this many FP8 channels."""
+    return -(-channels // (KV_BLOCK * SCALE_BYTES)) * SCALE_BYTES
 
 
 def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
@@ -200,8 +215,10 @@ def pack(like: Rows, x: Array) -> Rows:
     if isinstance(like, PackedRows):
         still = like.codes.shape[-1]
         codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
-        scales = scales.astype(jnp.float8_e8m0fnu)
-        return PackedRows(_bits(codes), _bits(scales), _bits(x[..., still:]))
+        bits = _bits(scales.astype(jnp.float8_e8m0fnu))
+        spare = like.scales.shape[-1] - bits.shape[-1]
+        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, spare)], constant_values=E8M0_ONE)
+        return PackedRows(_bits(codes), bits, _bits(x[..., still:]))
     if isinstance(like, PackedKeys):
         values, scales = quantize_fp4(x)
         return PackedKeys(pack_fp4(values), _bits(scales.astype(jnp.float8_e8m0fnu)))
@@ -211,7 +228,8 @@ def pack(like: Rows, x: Array) -> Rows:
 def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
     """Values of stored rows or keys `[..., H]`."""
     if isinstance(rows, PackedRows):
-        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(rows.scales, "float8_e8m0fnu")
+        used = rows.scales[..., : -(-rows.codes.shape[-1] // KV_BLOCK)]
+        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(used, "float8_e8m0fnu")
         still = dequantize_fp8(codes, scales, KV_BLOCK).astype(dtype)
         return jnp.concatenate([still, _floats(rows.rope, "bfloat16").astype(dtype)], axis=-1)
     if isinstance(rows, PackedKeys):
@@ -285,8 +303,18 @@ def gather_rows(rows: Rows, place: Place, which: Array, dtype: jnp.dtype) -> Arr
     return unpack(jax.tree.map(lambda a: a[place.layer, owner, entry], rows), dtype)
 
 
-def write_rows(rows: Rows, place: Place, first_B: Array, count_B: Array, new_BTH: Array) -> Rows:
+def write_rows(
+    rows: Rows,
+    place: Place,
+    first_B: Array,
+    count_B: Array,
+    new_BTH: Array,
+    kernels: str | None = None,
+) -> Rows:
     """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …"""
+    if _by_kernel(rows, kernels):
+        table = jnp.arange(len(first_B))[:, None] if place.table_BP is None else place.table_BP
+        return _put_columns(rows, place, table, first_B, count_B, pack(rows, new_BTH), kernels)
     steps = jnp.arange(new_BTH.shape[1])[None]
     owner, entry = _locate(rows, place, first_B[:, None] + steps)
     entry = jnp.where(steps < count_B[:, None], entry, num_rows(rows))  # out of range: dropped
@@ -295,6 +323,33 @@ def write_rows(rows: Rows, place: Place, first_B: Array, count_B: Array, new_BTH
         return a.at[place.layer, owner, entry].set(new, mode="drop")
 
     return jax.tree.map(put, rows, pack(rows, new_BTH))
+
+
+def _by_kernel(rows: Rows, kernels: str | None) -> bool:
+    """Whether a kernel writes: XLA would turn a whole store of packed rows both ways."""
+    return bool(kernels) and not isinstance(rows, Array) and num_rows(rows) % COLUMN_TILE == 0
+
+
+def _put_columns(
+    rows: Rows,
+    place: Place,
+    owner_BJ: Array,
+    first_B: Array,
+    count_B: Array,
+    new: Rows,
+    kernels: str | None,
+) -> Rows:
+    stores, treedef = jax.tree.flatten(rows)
+    updated = update_rows(
+        tuple(stores),
+        tuple(jax.tree.leaves(new)),
+        owner_BJ,
+        first_B,
+        count_B.astype(jnp.int32),
+        layer=place.layer,
+        implementation=kernels,  # type: ignore[arg-type]
+    )
+    return jax.tree.unflatten(treedef, updated)
 
 
 def _locate(rows: Rows, place: Place, which: Array) -> tuple[Array, Array]:
@@ -312,26 +367,70 @@ def ring_history(ring: Rows, place: Place, pos_B: Array, count: int, dtype: jnp.
     Entries of negative positions hold garbage; callers mask them.
     """
     entries = (pos_B[:, None] + jnp.arange(-count, 0)[None]) % num_rows(ring)
-    slots = place.slots(len(pos_B))[:, None]
-    return unpack(jax.tree.map(lambda a: a[place.layer, slots, entries], ring), dtype)
+    slots = place.slots(len(pos_B))
+
+    def read(a: Array) -> Array:
+        # whole rings first: single entries would be read as rows, which not every layout has
+        return jnp.take_along_axis(a[place.layer, slots], entries[..., None], axis=1)
+
+    return unpack(jax.tree.map(read, ring), dtype)
+
+
+def ring_rows(ring: Rows, place: Place, dtype: jnp.dtype) -> Array:
+    """Rings of all sequences as they lie: `[B, ring length, H]`."""
+
+    def whole(a: Array) -> Array:
+        layer = lax.dynamic_index_in_dim(a, place.layer, keepdims=False)
+        return layer if place.slots_B is None else layer[place.slots_B]
+
+    return unpack(jax.tree.map(whole, ring), dtype)
+
+
+def ring_positions(ring: Rows, last_B: Array) -> Array:
+    """Newest position up to `last_B` of every ring entry: `[B, ring length]`."""
+    length = num_rows(ring)
+    return last_B[:, None] - (last_B[:, None] - jnp.arange(length)[None]) % length
+
+
+def ring_push(
+    ring: Rows,
+    place: Place,
+    pos_B: Array,
+    count_B: Array,
+    new_BH: Array,
+    kernels: str | None = None,
+) -> Rows:
+    """Puts one entry at position `pos_B` where `count_B` is not 0."""
+    length, slots = num_rows(ring), place.slots(len(pos_B))
+    if _by_kernel(ring, kernels):
+        new, entry_B = pack(ring, new_BH[:, None]), pos_B % length
+        return _put_columns(ring, place, slots[:, None], entry_B, count_B > 0, new, kernels)
+    entry_B = jnp.where(count_B > 0, pos_B % length, length)  # out of range: dropped
+
+    def put(a: Array, new: Array) -> Array:
+        return a.at[place.layer, slots, entry_B].set(new, mode="drop")
+
+    # kept apart: fused into its readers, the update would be made in a copy for each of them
+    return lax.optimization_barrier(jax.tree.map(put, ring, pack(ring, new_BH)))
 
 
 def ring_write(
-    ring: Rows, place: Place, pos_B: Array, count_B: Array, recent: Array, fresh: int
+    ring: Rows,
+    place: Place,
+    pos_B: Array,
+    count_B: Array,
+    recent: Array,
+    kernels: str | None = None,
 ) -> Rows:
-    """Advances a ring by the `count_B` first of `fresh` new entries.
+    """Advances a ring by the `count_B` first of several new entries.
 
-    `recent` `[B, ring length + fresh, H]` is the history in front of `pos_B`, then the new entries.
+    `recent` `[B, ring length + new, H]` is the history in front of `pos_B`, then the new entries.
     """
     length, slots = num_rows(ring), place.slots(len(pos_B))
-    if fresh == 1:
-        entry_B = jnp.where(count_B > 0, pos_B % length, length)
-        new = pack(ring, recent[:, -1])
-        return jax.tree.map(
-            lambda a, x: a.at[place.layer, slots, entry_B].set(x, mode="drop"), ring, new
-        )
-    last_B1 = (pos_B + count_B - 1)[:, None]
-    newest = last_B1 - (last_B1 - jnp.arange(length)[None]) % length  # newest position of each
-    source = newest - pos_B[:, None] + length
+    source = ring_positions(ring, pos_B + count_B - 1) - pos_B[:, None] + length
     new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
+    if _by_kernel(ring, kernels):
+        written_B = jnp.where(count_B > 0, length, 0)
+        first_B = jnp.zeros_like(written_B)
+        return _put_columns(ring, place, slots[:, None], first_B, written_B, new, kernels)
     return jax.tree.map(lambda a, x: a.at[place.layer, slots].set(x), ring, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,59 +71,111 @@ def compress(
     values_BTd = linear_f32(x_BTD, weights["wkv"])
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
-
     place = chunk.place(index)
-
-    def extend(old: store.Rows, new: Array) -> Array:
-        length = store.num_rows(old)
-        history = store.ring_history(old, place, chunk.pos_B, length, jnp.dtype("float32"))
-        return jnp.concatenate([history, new], axis=1)
-
-    recent = {
-        "values": extend(ring["values"], values_BTd),
-        "scores": extend(ring["scores"], scores_BTd),
-    }
-    ring = {
-        name: store.ring_write(ring[name], place, chunk.pos_B, chunk.count_B, recent[name], fresh)
-        for name in ring
-    }
+    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
     first_B = chunk.pos_B // ratio
     count_B = (chunk.pos_B + chunk.count_B) // ratio - first_B
     num_new = -(-fresh // ratio)
 
-    def pooled(_) -> Array:
-        return _pool_windows(recent, chunk.pos_B, num_new, ratio, row_dim)
+    def finished(_) -> Array:
+        rows = num.cast(_pool_windows(recent(), chunk.pos_B, num_new, ratio, row_dim))
+        rows_BCH = rms_norm(rows, weights["norm"], norm_eps, num)
+        positions_BC = (first_B[:, None] + jnp.arange(num_new)[None]) * ratio
+        return rotate(rows_BCH, rotation(freqs, positions_BC), num)
 
-    shape = (len(first_B), num_new, row_dim)
-    if fresh < ratio:  # most chunks complete nothing: skip the work
-        rows = lax.cond(count_B.any(), pooled, lambda _: jnp.zeros(shape, jnp.float32), None)
-    else:
-        rows = pooled(None)
-    rows_BCH = rms_norm(num.cast(rows), weights["norm"], norm_eps, num)
-    positions_BC = (first_B[:, None] + jnp.arange(num_new)[None]) * ratio
-    rows_BCH = rotate(rows_BCH, rotation(freqs, positions_BC), num)
+    if fresh >= ratio:
+        return NewRows(finished(None), first_B, count_B), ring
+    # most chunks complete nothing: skip the work
+    nothing = jnp.zeros((len(first_B), num_new, row_dim), num.jnp_dtype)
+    rows_BCH = lax.cond(count_B.any(), finished, lambda _: nothing, None)
     return NewRows(rows_BCH, first_B, count_B), ring
 
 
-def _pool_windows(
-    recent: dict[str, Array], pos_B: Array, num_new: int, ratio: int, row_dim: int
-) -> Array:
+class Recent(NamedTuple):
+    """Projected tokens `[B, n, d]` that new rows may pool, float32; the first stands at start_B.
+
+    start_B None: they are exactly the windows of the one row that a single token may complete.
+    """
+
+    values: Array
+    scores: Array
+    start_B: Array | None
+
+
+def _advance(
+    ring: dict[str, store.Rows],
+    new: dict[str, Array],
+    place: store.Place,
+    chunk: Chunk,
+    ratio: int,
+) -> tuple[Callable[[], Recent], dict[str, store.Rows]]:
+    """A way to read the ring's history with the chunk behind it, and the advanced ring."""
+    length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
+
+    def history(ring: dict[str, store.Rows], pos_B: Array) -> Recent:
+        values, scores = (
+            store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
+            for name in ("values", "scores")
+        )
+        return Recent(values, scores, pos_B - length)
+
+    if new["values"].shape[1] == 1:
+        ring = {
+            name: store.ring_push(ring[name], place, pos_B, count_B, new[name][:, 0])
+            for name in ring
+        }
+        return lambda: Recent(*_windows_of(ring, place, pos_B, ratio), None), ring
+    old = history(ring, pos_B)
+    recent = Recent(
+        jnp.concatenate([old.values, new["values"]], axis=1),
+        jnp.concatenate([old.scores, new["scores"]], axis=1),
+        old.start_B,
+    )
+    ring = {
+        name: store.ring_write(ring[name], place, pos_B, count_B, getattr(recent, name))
+        for name in ring
+    }
+    return lambda: recent, ring
+
+
+def _windows_of(
+    ring: dict[str, store.Rows], place: store.Place, pos_B: Array, ratio: int
+) -> list[Array]:
+    """Ring values and scores in the order of the row that ends with position `pos_B`, if one does.
+
+    The ring holds one window, which lies in order, or two, of which the later may come first.
+    """
+    length = store.num_rows(ring["values"])
+    swapped = (pos_B + 1) % length != 0
+
+    def read(name: str) -> Array:
+        a = store.ring_rows(ring[name], place, jnp.dtype("float32"))
+        if length == ratio:
+            return a
+        return jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
+
+    return [read(name) for name in ("values", "scores")]
+
+
+def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:
     """Pools `num_new` windows from the one that holds `pos_B` on: float32 `[B, num_new, row_dim]`.
 
     With overlap (ratio 4) a row also pools the window before its own: the first half of the
     channels speaks for the next window, the second half for the own one.
     """
     overlap = 2 if ratio == CSA else 1
-    length = overlap * ratio  # history in front of pos_B
-    begin_B = length - (overlap - 1) * ratio - pos_B % ratio
     span = (num_new + overlap - 1) * ratio
+    first_B = pos_B - pos_B % ratio - (overlap - 1) * ratio
+    begin_B = None if recent.start_B is None else first_B - recent.start_B
 
     def windows(a: Array) -> Array:
+        if begin_B is None:
+            return a.reshape(len(pos_B), -1, ratio, a.shape[-1])
         padded = jnp.pad(a, ((0, 0), (0, max(span + ratio - a.shape[1], 0)), (0, 0)))
         cut = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
         return cut(padded, begin_B).reshape(len(pos_B), -1, ratio, a.shape[-1])
 
-    values, scores = windows(recent["values"]), windows(recent["scores"])
+    values, scores = windows(recent.values), windows(recent.scores)
     if overlap == 1:
         return pool(values, scores)
     has_previous = (pos_B[:, None] // ratio + jnp.arange(num_new)[None]) > 0

@@ -95,9 +95,15 @@ class Generator:
         stops the work.
 
         Raises:
-            ValueError: the prompt is empty, too long, or holds an id outside the vocabulary.
+            ValueError: the prompt is empty, too long, or holds an id outside the vocabulary, or
+                `sampling` asks for what only the serving engine has.
         """
         self._check(prompt_ids)
+        if not sampling.only_draws():
+            raise ValueError(
+                "a generator knows temperature, top_p, top_k and seed; min_p, penalties, bias and "
+                "log-probabilities need the serving engine"
+            )
         if len(prompt_ids) >= self.max_len:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens and leaves no room in a context of "

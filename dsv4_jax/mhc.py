@@ -10,14 +10,16 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.params import declare, hyper_head_specs, hyper_specs
+from pallas_kernels.mhc import api as kernel
 
 
 class Mixing(NamedTuple):
     """Float32 coefficients of one sublayer; tokens come last so that they fill vector lanes."""
 
-    pre_MBT: Array
+    pre_MBT: Array | None  # None where a kernel has used them already
     post_MBT: Array
     comb_MMBT: Array  # [source stream, target stream]
 
@@ -72,11 +74,21 @@ def weigh_streams(h_BTMD: Array, weights_MBT: Array, num: Numerics) -> Array:
 
 def spread(a_BTD: Array, h_BTMD: Array, mix: Mixing, num: Numerics) -> Array:
     """New streams: target k gets post[k] · a + Σ_j comb[j, k] · h[j]. The sum runs over sources."""
+    if num.matrix_kernels:
+        m, (batch, fresh, _, dim) = len(mix.post_MBT), h_BTMD.shape
+        h_UMD = kernel.spread(
+            a_BTD.reshape(batch * fresh, dim),
+            h_BTMD.reshape(batch * fresh, m * dim),
+            mix.post_MBT.reshape(m, -1),
+            mix.comb_MMBT.reshape(m, m, -1),
+            implementation=num.matrix_kernels,
+        )
+        return h_UMD.reshape(h_BTMD.shape)
     post_BTM1 = jnp.moveaxis(mix.post_MBT, 0, -1)[..., None]
-    comb_MBTM1 = jnp.moveaxis(mix.comb_MMBT, 1, -1)[..., None]
+    comb_BTMM1 = jnp.moveaxis(mix.comb_MMBT, (0, 1), (2, 3))[..., None]
     total = post_BTM1 * a_BTD.astype(jnp.float32)[:, :, None]
     h32 = h_BTMD.astype(jnp.float32)
-    terms = [comb_MBTM1[j] * h32[:, :, j : j + 1] for j in range(h_BTMD.shape[2])]
+    terms = [comb_BTMM1[:, :, j] * h32[:, :, j, None] for j in range(h_BTMD.shape[2])]
     return num.cast(total + sum(terms[1:], terms[0]))
 
 
@@ -92,6 +104,30 @@ class HyperConnection(nn.Module):
         w = self.weights
         mix_hBT = _mix_logits(h_BTMD, w["fn"], self.cfg.norm_eps)
         return split_mixing(mix_hBT, w["scale"], w["base"], self.cfg)
+
+    def feed(self, h_BTMD: Array, norm_D: Array, num: Numerics) -> tuple[Array, Mixing]:
+        """The normed input `[B, T, D]` of the sublayer, and the coefficients."""
+        cfg, w = self.cfg, self.weights
+        if not num.matrix_kernels:
+            mix = self(h_BTMD)
+            assert mix.pre_MBT is not None
+            x_BTD = weigh_streams(h_BTMD, mix.pre_MBT, num)
+            return rms_norm(x_BTD, norm_D, cfg.norm_eps, num), mix
+        batch, fresh, m, dim = h_BTMD.shape
+        mixed = kernel.mix(
+            h_BTMD.reshape(batch * fresh, m * dim),
+            w["fn"],
+            w["scale"],
+            w["base"],
+            iters=cfg.hc_iters,
+            eps=cfg.hc_eps,
+            norm_eps=cfg.norm_eps,
+            norm_D=norm_D,
+            implementation=num.matrix_kernels,
+        )
+        post_MBT = mixed.post_MU.reshape(m, batch, fresh)
+        comb_MMBT = mixed.comb_MMU.reshape(m, m, batch, fresh)
+        return mixed.x_UD.reshape(batch, fresh, dim), Mixing(None, post_MBT, comb_MMBT)
 
 
 class HyperHead(nn.Module):

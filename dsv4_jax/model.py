@@ -8,6 +8,7 @@ static and the cache donated.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from dsv4_jax.mhc import HyperHead
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32, matmul
 from dsv4_jax.params import init_tree, unit_specs
+from dsv4_jax.quant import QuantizedArray, StackedWeight
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import Group, layer_groups, stack_layers
 
@@ -85,8 +87,7 @@ def prefill(
         h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state)
         new_groups.append(state)
     kept = h_BTMD if all_logits else last_of(h_BTMD, count_B)
-    y: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, kept)
-    logits = output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
+    logits = logits_of(cfg, num, params, kept)
     cache = dataclasses.replace(cache, pos_B=cache.pos_B + count_B, groups=new_groups)
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
 
@@ -143,6 +144,13 @@ def forward(cfg: ModelConfig, num: Numerics, params: Params, tokens_BT: Array) -
     return prefill(cfg, num, params, tokens_BT, cache, all_logits=True)[0].logits
 
 
+def logits_of(cfg: ModelConfig, num: Numerics, params: Params, h_BTMD: Array) -> Array:
+    """Logits float32 `[B, T, V]` from the residual streams after the last layer."""
+    top = params["top"]
+    y: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, h_BTMD)
+    return output_head(rms_norm(y, top["norm"], cfg.norm_eps, num), top["head"])
+
+
 def output_head(y: Array, head_VD: Array) -> Array:
     """Float32 logits; bfloat16 operands have exact products, so they need no wider copy."""
     if y.dtype == head_VD.dtype == jnp.bfloat16:
@@ -158,15 +166,14 @@ def last_of(x: Array, count_B: Array) -> Array:
 
 def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
     positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
-    return Chunk(
-        pos_B,
-        count_B,
-        tokens_BT,
-        rotation(frequencies(cfg, compressed=False), positions_BT),
-        rotation(frequencies(cfg, compressed=True), positions_BT),
-        cache.slots_B,
-        cache.table_BP,
+    # kept apart: fused into their uses, sines would be computed for every head again
+    turn, turn_compressed = lax.optimization_barrier(
+        (
+            rotation(frequencies(cfg, compressed=False), positions_BT),
+            rotation(frequencies(cfg, compressed=True), positions_BT),
+        )
     )
+    return Chunk(pos_B, count_B, tokens_BT, turn, turn_compressed, cache.slots_B, cache.table_BP)
 
 
 def _run_group(
@@ -189,9 +196,39 @@ def _run_group(
 
     if group.repeats == 1:
         return pattern(h_BTMD, state, weights, jnp.int32(0))
+    cut, pick = _split_stacks(weights, num)
 
-    def body(carry: tuple[Array, list[LayerCache]], xs: tuple[list[Params], Array]):
-        return pattern(*carry, *xs), None
+    def body(carry: tuple[Array, list[LayerCache]], xs: tuple[list[Array], Array]):
+        h_BTm, state = carry
+        h_BTMD, state = pattern(h_BTm.reshape(h_BTMD_shape), state, pick(*xs), xs[1])
+        return (h_BTMD.reshape(h_BTm.shape), state), None
 
-    (h_BTMD, state), _ = lax.scan(body, (h_BTMD, state), (weights, jnp.arange(group.repeats)))
-    return h_BTMD, state
+    # side by side: that is how kernels read streams
+    h_BTMD_shape, h_BTm = h_BTMD.shape, h_BTMD.reshape(*h_BTMD.shape[:2], -1)
+    (h_BTm, state), _ = lax.scan(body, (h_BTm, state), (cut, jnp.arange(group.repeats)))
+    return h_BTm.reshape(h_BTMD_shape), state
+
+
+def _split_stacks(
+    weights: list[Params], num: Numerics
+) -> tuple[list[Any], Callable[[list[Any], Array], list[Params]]]:
+    """What a scan cuts into layers, and how to get a layer's weights from that and its index.
+
+    Kernels read quantised weights where they lie in their stack; everything else is cut.
+    """
+
+    def is_weight(node: Any) -> bool:
+        return isinstance(node, QuantizedArray)
+
+    leaves, treedef = jax.tree.flatten(weights, is_leaf=is_weight)
+    stays = [bool(num.matrix_kernels) and is_weight(leaf) for leaf in leaves]
+
+    def pick(cut: list[Any], index: Array) -> list[Params]:
+        rest = iter(cut)
+        layer = [
+            StackedWeight(leaf, index) if stay else next(rest)
+            for leaf, stay in zip(leaves, stays, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, layer)
+
+    return [leaf for leaf, stay in zip(leaves, stays, strict=True) if not stay], pick

@@ -10,11 +10,13 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.numerics import Numerics, linear, linear_f32
+from dsv4_jax.numerics import Numerics, Weight, linear, linear_f32
 from dsv4_jax.params import declare, moe_specs
-from dsv4_jax.quant import index_expert
+from dsv4_jax.quant import QuantizedArray, StackedWeight, index_expert
+from pallas_kernels.grouped_matmul.api import routed_experts
 
-MAX_EXPERT_TILE = 64  # rows of one expert that are multiplied together
+MIN_EXPERT_TILE, MAX_EXPERT_TILE = 8, 64  # rows of one expert that are multiplied together
+MAX_BRANCHES = 64  # experts for which a product each is compiled, on CPU
 
 
 class Routing(NamedTuple):
@@ -31,7 +33,7 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     """
     scores_UE = jnp.sqrt(jax.nn.softplus(linear_f32(x_UD, gate["weight"])))
     if "tid2eid" in gate:
-        experts_UA = gate["tid2eid"][tokens_U]
+        experts_UA = _hashed(gate["tid2eid"], tokens_U)
     else:
         experts_UA = lax.top_k(scores_UE + gate["bias"][None], cfg.experts_per_token)[1]
     experts_UA = jnp.sort(experts_UA, axis=-1)  # experts add up in index order, as officially
@@ -40,22 +42,63 @@ def route(gate: dict[str, Array], x_UD: Array, tokens_U: Array, cfg: ModelConfig
     return Routing(experts_UA, weights_UA)
 
 
+def _hashed(table_VA: Array, tokens_U: Array) -> Array:
+    """Rows of the hash table; one column at a time where rows would have to be padded first."""
+
+    def by_column(table_VA: Array, tokens_U: Array) -> Array:
+        return jnp.stack([table_VA[:, a][tokens_U] for a in range(table_VA.shape[1])], axis=1)
+
+    def by_row(table_VA: Array, tokens_U: Array) -> Array:
+        return table_VA[tokens_U]
+
+    return lax.platform_dependent(table_VA, tokens_U, tpu=by_column, default=by_row)
+
+
+def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) -> Array:
+    """`linear` with entry `which` of a stack of weights (None: `weight` is no stack).
+
+    XLA on CPU copies a matrix that it picks at run time but reads a fixed one in place, so there a
+    branch per expert picks it. Quantised weights are decoded into a copy anyway.
+    """
+
+    def picked(x: Array, weight: Array | QuantizedArray, which: Array) -> Array:
+        return linear(x, index_expert(weight, which), num)
+
+    def branches(x: Array, weight: Array, which: Array) -> Array:
+        fixed = [lambda x, w, e=e: linear(x, w[e], num) for e in range(len(weight))]
+        return lax.switch(which, fixed, x, weight)
+
+    if which is None:
+        return linear(x, weight, num)
+    if isinstance(weight, StackedWeight):
+        weight = weight.cut()
+    if isinstance(weight, QuantizedArray) or len(weight) > MAX_BRANCHES:
+        return picked(x, weight, which)
+    return lax.platform_dependent(x, weight, which, cpu=branches, default=picked)
+
+
 def expert(
-    weights: dict[str, Any], x_YD: Array, scale_Y: Array | None, cfg: ModelConfig, num: Numerics
+    weights: dict[str, Any],
+    x_YD: Array,
+    scale_Y: Array | None,
+    cfg: ModelConfig,
+    num: Numerics,
+    which: Array | None = None,
 ) -> Array:
     """silu(clamped gate) · clamped up · routing weight, then down; `[Y, D]`.
 
     The routing weight comes before the down projection (inside the rounding of its input).
+    `which`: the expert to use, where weights are stacks.
     """
-    gate_YF = linear(x_YD, weights["w1"], num).astype(jnp.float32)
-    up_YF = linear(x_YD, weights["w3"], num).astype(jnp.float32)
+    gate_YF = expert_linear(x_YD, weights["w1"], which, num).astype(jnp.float32)
+    up_YF = expert_linear(x_YD, weights["w3"], which, num).astype(jnp.float32)
     if cfg.swiglu_limit:
         gate_YF = jnp.minimum(gate_YF, cfg.swiglu_limit)
         up_YF = jnp.clip(up_YF, -cfg.swiglu_limit, cfg.swiglu_limit)
     hidden_YF = jax.nn.silu(gate_YF) * up_YF
     if scale_Y is not None:
         hidden_YF = hidden_YF * scale_Y[:, None]
-    return linear(num.cast(hidden_YF), weights["w2"], num)
+    return expert_linear(num.cast(hidden_YF), weights["w2"], which, num)
 
 
 def routed_sum(
@@ -68,12 +111,23 @@ def routed_sum(
 ) -> Array:
     """Σ over each token's experts, float32 `[U, D]`. Dropless; padding tokens cost nothing.
 
-    Rows are sorted by expert and each expert's rows padded to tiles; a loop over the tiles in use
-    picks the tile's expert, so weights are read (and decoded) one expert at a time.
+    A single token asks its experts one by one. Otherwise rows are sorted by expert and each
+    expert's rows padded to tiles; a loop over the tiles in use picks the tile's expert, so weights
+    are read (and decoded) one expert at a time.
     """
+    if num.matrix_kernels and not isinstance(weights["w1"], Array):
+        return _kernel_sum(weights, x_UD, routing, real_U, cfg, num)
     tokens, per_token = routing.experts_UA.shape
+    if tokens == 1:
+
+        def add(a: Array, total: Array) -> Array:
+            which, weight_U = routing.experts_UA[0, a], routing.weights_UA[:, a]
+            part = expert(weights, x_UD, weight_U, cfg, num, which)
+            return total + part.astype(jnp.float32)
+
+        return lax.fori_loop(0, per_token, add, jnp.zeros(x_UD.shape, jnp.float32))
     num_experts, rows = cfg.num_experts, tokens * per_token
-    tile = expert_tile(rows, num_experts)
+    tile = expert_tile(tokens, rows, num_experts)
     capacity = min(rows, -(-rows // tile) + num_experts) * tile
     owner_Y = jnp.where(real_U[:, None], routing.experts_UA, num_experts).reshape(-1)
     order_Y = jnp.argsort(owner_Y, stable=True)
@@ -85,27 +139,19 @@ def routed_sum(
     safe_Y = jnp.minimum(owner_Y, num_experts - 1)
     slot_Y = first_tile_E[safe_Y] * tile + rank_Y - first_row_E[safe_Y]
     slot_Y = jnp.where(owner_Y < num_experts, slot_Y, capacity)  # padding goes nowhere
-    source_slot = (
-        jnp.zeros(capacity, jnp.int32)
-        .at[slot_Y]
-        .set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
-    )
+    entry_Y = jnp.arange(rows, dtype=jnp.int32)
+    token_slot = jnp.zeros(capacity, jnp.int32).at[slot_Y].set(entry_Y // per_token, mode="drop")
+    weight_slot = jnp.zeros(capacity).at[slot_Y].set(routing.weights_UA.reshape(-1), mode="drop")
     last_tile_E = jnp.cumsum(tiles_E)
 
-    def body(step: Array, out: Array) -> Array:
+    def body(step: Array, slots: Array) -> Array:
+        """A tile's outputs take the place of its inputs."""
         which = jnp.searchsorted(last_tile_E, step, side="right")
-        source = lax.dynamic_slice_in_dim(source_slot, step * tile, tile)
-        part = expert(
-            index_expert(weights, which),
-            x_UD[source // per_token],
-            routing.weights_UA.reshape(-1)[source],
-            cfg,
-            num,
-        )
-        return lax.dynamic_update_slice_in_dim(out, part, step * tile, axis=0)
+        x, weight = (lax.dynamic_slice_in_dim(a, step * tile, tile) for a in (slots, weight_slot))
+        part = expert(weights, x, weight, cfg, num, which)
+        return lax.dynamic_update_slice_in_dim(slots, part, step * tile, axis=0)
 
-    out = jnp.zeros((capacity, x_UD.shape[1]), num.jnp_dtype)
-    out = lax.fori_loop(0, last_tile_E[-1], body, out)
+    out = lax.fori_loop(0, last_tile_E[-1], body, x_UD[token_slot])
     picked = out.at[slot_Y].get(mode="fill", fill_value=0).reshape(tokens, per_token, -1)
     total = picked[:, 0].astype(jnp.float32)
     for a in range(1, per_token):
@@ -113,9 +159,34 @@ def routed_sum(
     return total
 
 
-def expert_tile(rows: int, num_experts: int) -> int:
-    """Tile height: about the mean number of rows per expert, as a power of two."""
-    mean = max(rows // num_experts, 1)
+def _kernel_sum(
+    weights: dict[str, Any],
+    x_UD: Array,
+    routing: Routing,
+    real_U: Array,
+    cfg: ModelConfig,
+    num: Numerics,
+) -> Array:
+    """`routed_sum` by its kernels; weights are quantised."""
+    stacked = isinstance(weights["w1"], StackedWeight)
+    stored = {name: w.stack if stacked else w for name, w in weights.items()}
+    return routed_experts(
+        x_UD,
+        jnp.where(real_U[:, None], routing.experts_UA, cfg.num_experts),
+        routing.weights_UA,
+        stored["w1"],
+        stored["w3"],
+        stored["w2"],
+        layer=weights["w1"].layer if stacked else None,
+        limit=cfg.swiglu_limit,
+        round_activations=num.rounds,
+        implementation=num.matrix_kernels,
+    )
+
+
+def expert_tile(tokens: int, rows: int, num_experts: int) -> int:
+    """Tile height: about the mean number of rows per expert, within bounds, as a power of two."""
+    mean = max(rows // num_experts, min(tokens, MIN_EXPERT_TILE))
     return min(1 << (mean - 1).bit_length(), MAX_EXPERT_TILE)
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv4_jax.quant import ACT_BLOCK, QuantizedArray, dequantize, fake_fp8, round_to
+from dsv4_jax.quant import (
+    ACT_BLOCK,
+    QuantizedArray,
+    StackedWeight,
+    dequantize,
+    fake_fp8,
+    round_to,
+)
+from pallas_kernels.block_matmul.api import block_matmul
 
+FEW_ROWS = 32  # up to these many rows a product is bound by its weights
 MODES = ("reference", "plain")
 DTYPES = ("float32", "bfloat16")
+IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 
 
 @dataclass(frozen=True)
@@ -20,19 +32,28 @@ class Numerics:
     mode: `reference` rounds where the official inference code rounds (FP8 activations in front of
         quantised matrices, FP8 keys and values, FP4 index keys); `plain` never does.
     dtype: of the tensors between operations.
+    implementation: what computes the hot path. `pallas`: the kernels; `interpret`: the same,
+        interpreted (slow, for tests); `reference`: no kernels. None: `pallas` where JAX's default
+        backend is a TPU and the kernels cover the sizes, `reference` otherwise. Kernels of matrix
+        products and hyper-connections are for bfloat16; those of attention also for float32.
 
     Raises:
-        ValueError: unknown mode or dtype.
+        ValueError: unknown mode, dtype or implementation.
     """
 
     mode: str = "reference"
     dtype: str = "bfloat16"
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"numerics={self.mode!r} must be one of {MODES}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {DTYPES}")
+        if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation={self.implementation!r} must be None or one of {IMPLEMENTATIONS}"
+            )
 
     @property
     def rounds(self) -> bool:
@@ -42,6 +63,21 @@ class Numerics:
     def packed_cache(self) -> bool:
         """Whether caches hold FP8/FP4 codes: exact when values were rounded to them in bfloat16."""
         return self.rounds and self.dtype == "bfloat16"
+
+    @property
+    def kernels(self) -> str | None:
+        """`pallas` or `interpret`, or None where no kernel runs.
+
+        Programs compiled for a TPU on a machine without one name `pallas` themselves.
+        """
+        if self.implementation is None:
+            return "pallas" if jax.default_backend() == "tpu" else None
+        return None if self.implementation == "reference" else self.implementation
+
+    @property
+    def matrix_kernels(self) -> str | None:
+        """`kernels` where tensors are bfloat16."""
+        return self.kernels if self.dtype == "bfloat16" else None
 
     @property
     def jnp_dtype(self) -> jnp.dtype:
@@ -54,6 +90,18 @@ class Numerics:
 
 def matmul(x: Array, w: Array) -> Array:
     """`x · wᵀ` over the last dimensions, `w` `[out, in]`; float32 result of exact products."""
+    if w.ndim == 2 and 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return lax.platform_dependent(x, w, cpu=_weight_first, default=_dot)
+    return _dot(x, w)
+
+
+def _weight_first(x: Array, w: Array) -> Array:
+    """The product the other way round: the CPU backend packs the second operand in every call."""
+    flipped = _dot(w, x.reshape(-1, x.shape[-1]))
+    return lax.optimization_barrier(flipped).T.reshape(*x.shape[:-1], -1)
+
+
+def _dot(x: Array, w: Array) -> Array:
     return lax.dot_general(
         x,
         w,
@@ -63,13 +111,20 @@ def matmul(x: Array, w: Array) -> Array:
     )
 
 
-def linear(x: Array, weight: Array | QuantizedArray, num: Numerics, rounded: bool = True) -> Array:
+Weight = Array | QuantizedArray | StackedWeight
+
+
+def linear(x: Array, weight: Weight, num: Numerics, rounded: bool = True) -> Array:
     """`x · Wᵀ` as the official code does it, in the activation dtype.
 
     With `rounded`, a quantised weight in reference mode sees its input rounded to FP8 per token and
     128 channels. Products of such codes are exact in bfloat16 while scales are powers of two;
     float32 scales (-Base) need float32 products.
     """
+    if num.matrix_kernels and not isinstance(weight, Array) and is_fp8(weight):
+        return fp8_matmul(x, weight, num, rounded=num.rounds and rounded)
+    if isinstance(weight, StackedWeight):
+        weight = weight.cut()
     if isinstance(weight, QuantizedArray):
         if num.rounds and rounded:
             x = fake_fp8(x, ACT_BLOCK)
@@ -80,6 +135,37 @@ def linear(x: Array, weight: Array | QuantizedArray, num: Numerics, rounded: boo
     return num.cast(matmul(x.astype(work), weight.astype(work)))
 
 
+def is_fp8(weight: QuantizedArray | StackedWeight) -> bool:
+    return (weight.stack if isinstance(weight, StackedWeight) else weight).fmt == "fp8"
+
+
+def fp8_matmul(
+    x: Array,
+    weight: QuantizedArray | StackedWeight,
+    num: Numerics,
+    rounded: bool,
+    groups: int = 1,
+) -> Array:
+    """`linear` by its kernel; with `groups`, part g of the outputs sees part g of `x` only."""
+    stacked = isinstance(weight, StackedWeight)
+    stored = weight.stack if stacked else weight
+    return block_matmul(
+        x,
+        stored.codes,
+        stored.scales,
+        layer=weight.layer if stacked else None,
+        groups=groups,
+        round_activations=rounded,
+        implementation=num.matrix_kernels,
+    )
+
+
 def linear_f32(x: Array, weight: Array) -> Array:
     """`x · Wᵀ` entirely in float32: router, compressor, mixing, output head."""
-    return matmul(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+    def wide(x: Array, weight: Array) -> Array:
+        return matmul(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+    if x.dtype == weight.dtype == jnp.bfloat16:  # exact products either way
+        return lax.platform_dependent(x, weight, tpu=_dot, default=wide)
+    return wide(x, weight)

@@ -21,7 +21,13 @@ from jax import Array, lax
 
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.dims import DIMS
-from dsv4_jax.quant import FP4_BLOCK, WEIGHT_BLOCK, QuantizedArray, quantize_weight
+from dsv4_jax.quant import (
+    FP4_BLOCK,
+    WEIGHT_BLOCK,
+    QuantizedArray,
+    StackedWeight,
+    quantize_weight,
+)
 
 Tree = dict[str, Any]
 
@@ -200,13 +206,29 @@ def abstract(cfg: ModelConfig, specs: Any) -> Any:
 def declare(module: nn.Module, cfg: ModelConfig, specs: Tree) -> Tree:
     """Declares every entry of `specs` as a parameter of a Linen module and returns their values.
 
-    An entry may be a spec or a tree of specs; Linen checks the shapes of what is passed in.
+    An entry may be a spec or a tree of specs; Linen checks the shapes of what is passed in, but
+    for weights still in their stack: there we do.
     """
 
-    def initialiser(tree: Any):
-        return lambda key: init_tree(key, cfg, tree)
+    def value(name: str, tree: Any) -> Any:
+        if not _is_stacked(module.variables.get("params", {}).get(name)):
+            return module.param(name, lambda key: init_tree(key, cfg, tree))
+        found = module.get_variable("params", name)
+        jax.tree.map(_check_shape, tree, found, is_leaf=is_spec)
+        return found
 
-    return {name: module.param(name, initialiser(tree)) for name, tree in specs.items()}
+    return {name: value(name, tree) for name, tree in specs.items()}
+
+
+def _is_stacked(tree: Any) -> bool:
+    """Whether some weight of `tree` is still in its stack."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, StackedWeight))
+    return any(isinstance(leaf, StackedWeight) for leaf in leaves)
+
+
+def _check_shape(spec: ParamSpec, value: Any) -> None:
+    if value.shape != spec.shape:
+        raise ValueError(f"a parameter {spec.dims} has shape {value.shape}, not {spec.shape}")
 
 
 def init_tree(key: Array, cfg: ModelConfig, specs: Any) -> Any:

@@ -40,6 +40,22 @@ class QuantizedArray:
         return (*lead, last * 2 if self.fmt == "fp4" else last)
 
 
+@struct.dataclass
+class StackedWeight:
+    """Entry `layer` of quantised weights `[L, …]`, not cut out: kernels read it where it lies."""
+
+    stack: QuantizedArray
+    layer: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape of the entry, `[..., out, in]`."""
+        return self.stack.shape[1:]
+
+    def cut(self) -> QuantizedArray:
+        return index_expert(self.stack, self.layer)
+
+
 def bf16_grid(x: Array) -> Array:
     """Float32 values rounded to bfloat16; unlike a pair of casts, no compiler may drop it."""
     return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -148,7 +164,8 @@ def hadamard(x: Array) -> Array:
     n = x.shape[-1]
     if n & (n - 1):
         raise ValueError(f"index_dim={n} must be a power of two for the Hadamard rotation")
-    return x.astype(jnp.float32) @ jnp.asarray(_hadamard_matrix(n))
+    matrix = jnp.asarray(_hadamard_matrix(n))
+    return jnp.matmul(x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
 
 
 def _hadamard_matrix(n: int) -> np.ndarray:
@@ -158,8 +175,10 @@ def _hadamard_matrix(n: int) -> np.ndarray:
     return matrix * np.float32(n**-0.5)
 
 
-def dequantize(weight: Array | QuantizedArray, dtype: jnp.dtype) -> Array:
+def dequantize(weight: Array | QuantizedArray | StackedWeight, dtype: jnp.dtype) -> Array:
     """Dense values `[..., out, in]`; a plain array is only cast."""
+    if isinstance(weight, StackedWeight):
+        weight = weight.cut()
     if not isinstance(weight, QuantizedArray):
         return weight.astype(dtype)
     scales = decode_e8m0(weight.scales)

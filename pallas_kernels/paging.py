@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -51,6 +52,13 @@ def in_hbm(stores: tuple[Array, ...], interpret: Any) -> tuple[Array, ...]:
     if interpret:
         return stores
     return tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in stores)
+
+
+def hbm_shape(like: Array, interpret: Any) -> Any:
+    """The shape of an output that must stay in HBM."""
+    if interpret:
+        return jax.ShapeDtypeStruct(like.shape, like.dtype)
+    return pltpu.HBM(like.shape, like.dtype)
 
 
 def unpaged(x: Array, layer: Array | int, table_BP: Array | None) -> Array:

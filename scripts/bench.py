@@ -2,6 +2,8 @@
 
 python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
+python scripts/bench.py serve                  load on the demo server; --url: on any server
+python scripts/bench.py engine                 the engine beside a bare decode loop
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "tests" / "data" / "bench_config.json"
+ROOT = Path(__file__).parents[1]
+DEFAULT_CONFIG = ROOT / "tests" / "data" / "bench_config.json"
+DEMO_CONFIG = ROOT / "dsv4_jax" / "data" / "demo" / "config.json"
 
 
 def numbers(text: str) -> list[int]:
@@ -37,7 +42,35 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
+    for add in (add_serve, add_engine):
+        add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
+
+
+def add_serve(commands: Any) -> argparse.ArgumentParser:
+    text = "first-token and inter-token times and throughput of a server under load"
+    serve = commands.add_parser("serve", help=text, description=text)
+    serve.add_argument("--url", help="of the server; default: starts the demo")
+    serve.add_argument("--api-key", metavar="K")
+    serve.add_argument("--requests", type=int, default=64, metavar="N", help="in all; default 64")
+    loop = serve.add_mutually_exclusive_group()
+    loop.add_argument("--clients", type=int, default=8, metavar="N", help="closed loop; default 8")
+    loop.add_argument("--rate", type=float, metavar="R", help="open loop: requests per second")
+    serve.add_argument("--prompt-chars", type=int, default=200, metavar="N", help="default 200")
+    serve.add_argument("--max-tokens", type=int, default=64, metavar="N", help="default 64")
+    serve.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and arrivals")
+    return serve
+
+
+def add_engine(commands: Any) -> argparse.ArgumentParser:
+    text = "the engine's tokens per second ÷ those of a bare jitted decode loop, same batch"
+    engine = commands.add_parser("engine", help=text, description=text)
+    config = "config.json of the model, which gets random weights (default: the demo's)"
+    engine.add_argument("--config", default=str(DEMO_CONFIG), metavar="FILE", help=config)
+    engine.add_argument("--batches", type=numbers, default=[8, 32], metavar="B,B")
+    engine.add_argument("--tokens", type=int, default=200, metavar="N", help="a stream")
+    engine.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each")
+    return engine
 
 
 def bench_model(args: argparse.Namespace) -> None:
@@ -53,10 +86,53 @@ def bench_model(args: argparse.Namespace) -> None:
         print(json.dumps(row) if args.json else compare.line(row), flush=True)
 
 
+def bench_serve(args: argparse.Namespace) -> None:
+    from dsv4_jax.bench import serve
+
+    def run(url: str) -> None:
+        load = serve.Load(
+            url,
+            args.requests,
+            args.clients,
+            args.rate,
+            args.prompt_chars,
+            args.max_tokens,
+            args.api_key,
+            args.seed,
+        )
+        figures = serve.summary(load, *serve.run(load))
+        print(json.dumps(figures) if args.json else serve.table(figures), flush=True)
+
+    if args.url:
+        run(args.url)
+    else:
+        with serve.demo_server() as url:
+            run(url)
+
+
+def bench_engine(args: argparse.Namespace) -> None:
+    from dsv4_jax.config import ModelConfig
+    from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.engine import overhead
+
+    path = Path(args.config)
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    cfg = ModelConfig.from_hf(json.loads(path.read_text()))
+    if not args.json:
+        print(overhead.HEADER, flush=True)
+    for batch in args.batches:
+        figures = overhead.measure(cfg, Numerics(), batch, args.tokens, args.repeats)
+        print(json.dumps(figures) if args.json else overhead.line(figures), flush=True)
+
+
+COMMANDS = {"model": bench_model, "serve": bench_serve, "engine": bench_engine}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        bench_model(args)
+        COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1

@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     how = ap.add_argument_group("arithmetic")
     how.add_argument("--numerics", choices=["reference", "plain"], default="reference")
     how.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    kernels = "of the hot path; default: pallas on TPU, reference elsewhere; interpret is slow"
+    choices = ["reference", "pallas", "interpret"]
+    how.add_argument("--implementation", choices=choices, help=kernels)
     return ap
 
 
@@ -78,7 +81,8 @@ def load(args: argparse.Namespace, longest: int) -> Generator:
     if longest > cfg.max_len:
         raise ValueError(f"{longest} tokens exceed the model's context of {cfg.max_len}")
     room = min(-(-longest // 128) * 128, cfg.max_len)
-    return Generator(cfg, Numerics(args.numerics, args.dtype), params, room)
+    num = Numerics(args.numerics, args.dtype, args.implementation)
+    return Generator(cfg, num, params, room)
 
 
 def check_tokens(args: argparse.Namespace) -> None:
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sampling_of(args)
         (check_tokens if args.tokens else speak)(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

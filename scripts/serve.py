@@ -43,7 +43,13 @@ def run(args: SimpleNamespace, folder: str) -> None:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
     notice = None if args.checkpoint else DEMO_NOTICE
     service = Service(Settings(names, notice, args.api_key, parallel=args.slots))
-    serve(service, listener, lambda: load(args, folder, names[0], service, url_of(listener)))
+    url = url_of(listener)
+    serve(
+        service,
+        listener,
+        lambda: load(args, folder, names[0], service, url),
+        args.drain_timeout,
+    )
 
 
 def load(
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

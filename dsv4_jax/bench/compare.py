@@ -15,13 +15,16 @@ from dsv4_jax.bench.case import MARK, Case
 
 PEER_SCRIPT = Path(__file__).with_name("peer.py")
 PEER_CHUNKS = (0, 512)  # the peer's prefill is measured both ways, the faster one counts
+PEER_AT_ONCE = 4096  # longer prompts only in chunks: in one piece they take 9 GB, and longer
 # Keeps freed buffers in the process: without it a third of torch's time is page faults.
-PEER_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-OURS_FLAGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+JAX_FLAGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+# Binds this process to a core, then becomes the command: forking is not safe beside JAX's threads.
+ON_CORE = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class BenchError(ValueError):
@@ -37,30 +40,32 @@ def cases(lengths: Iterable[int], decode_lengths: Iterable[int], batches: Iterab
 def run_ours(config: str, case: Case) -> dict[str, float]:
     """Our figures of a case, on one core."""
     command = [sys.executable, "-m", "dsv4_jax.bench.ours", config, case.to_json()]
-    return _run(command, OURS_FLAGS)
+    return _run(command, JAX_FLAGS)
 
 
 def run_peer(python: str, config: str, case: Case) -> dict[str, float]:
     """The peer's figures of a case, on one core; the best of its ways to prefill."""
     found = []
-    for chunk in PEER_CHUNKS if case.kind == "prefill" else (0,):
-        if chunk >= case.length:
-            continue
+    for chunk in _peer_chunks(case):
         one = dataclasses.replace(case, chunk=chunk)
-        found.append(_run([python, str(PEER_SCRIPT), config, one.to_json()], PEER_MALLOC))
+        found.append(_run([python, str(PEER_SCRIPT), config, one.to_json()], {}))
     return max(found, key=lambda figures: figures["tokens_per_cpu_s"])
 
 
+def _peer_chunks(case: Case) -> list[int]:
+    """Chunks to measure the peer's prefill with; of a decode case they do not matter."""
+    if case.kind != "prefill":
+        return [0]
+    fits = [chunk for chunk in PEER_CHUNKS if chunk < case.length]
+    return [chunk for chunk in fits if chunk or case.length <= PEER_AT_ONCE]
+
+
 def _run(command: list[str], extra: dict[str, str]) -> dict[str, float]:
-    environment = os.environ | extra | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    core = max(os.sched_getaffinity(0))
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=environment,
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-    )
+    environment = os.environ | MALLOC | extra
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    core = str(max(os.sched_getaffinity(0)))
+    launch = [sys.executable, "-c", ON_CORE, core]
+    done = subprocess.run(launch + command, capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
@@ -18,11 +19,29 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsv4_jax.serving.anthropic.errors import error_body, is_anthropic, status_of
+from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
+from dsv4_jax.serving.completions import completions
+from dsv4_jax.serving.counters import Counters
 from dsv4_jax.serving.errors import ApiError, internal
+from dsv4_jax.serving.openapi import document
 from dsv4_jax.serving.service import Service
+from dsv4_jax.serving.texts import detokenize, render, tokenize
 
-CHAT_PATHS = ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions")
+POSTS: dict[str, Callable[[Service, Request], Awaitable[Any]]] = {
+    **dict.fromkeys(
+        ("/v1/chat/completions", "/chat/completions", "/beta/chat/completions"), chat_completions
+    ),
+    **dict.fromkeys(("/v1/completions", "/completions", "/beta/completions"), completions),
+    **dict.fromkeys(("/v1/messages", "/anthropic/v1/messages"), messages),
+    **dict.fromkeys(
+        ("/v1/messages/count_tokens", "/anthropic/v1/messages/count_tokens"), count_tokens
+    ),
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/v1/chat/render": render,
+}
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
 
@@ -34,7 +53,7 @@ def create_app(service: Service) -> ASGIApp:
 
     def guarded(handler: Callable[[Service, Request], Awaitable[Any]]) -> Handler:
         async def endpoint(request: Request) -> Any:
-            service.check_key(request)
+            request.scope["dsv4.tenant"] = service.check_key(request)
             return await handler(service, request)
 
         return endpoint
@@ -49,10 +68,12 @@ def create_app(service: Service) -> ASGIApp:
         "/ready": _ready,
         "/version": _version,
         "/metrics": _metrics,
+        "/openapi.json": _openapi,
     }
     app = Starlette(
         routes=[
-            *(Route(path, guarded(chat_completions), methods=["POST"]) for path in CHAT_PATHS),
+            *(Route(path, guarded(handler), methods=["POST"]) for path, handler in POSTS.items()),
+            Route("/v1/requests/{name}/cancel", guarded(_cancel), methods=["POST"]),
             Route("/v1/models", guarded(_models)),
             Route("/v1/models/{name:path}", guarded(_model)),
             *(Route(path, _with(service, handler)) for path, handler in open_routes.items()),
@@ -62,7 +83,7 @@ def create_app(service: Service) -> ASGIApp:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    return _Outermost(app)
+    return _Outermost(app, service.counters)
 
 
 def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
@@ -75,7 +96,8 @@ def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
 def _health(service: Service) -> Response:
     """200 while the engine lives (loading included); 503 once it has failed."""
     if service.has_failed:
-        return JSONResponse({"status": "failed"}, 503)
+        reason = str(service.loaded().model.failure)
+        return JSONResponse({"status": "failed", "reason": reason}, 503)
     return JSONResponse({"status": "ok"})
 
 
@@ -99,11 +121,18 @@ def _ready(service: Service) -> Response:
 
 
 def _version(_: Service) -> Response:
+    return JSONResponse({"version": _own_version()})
+
+
+def _own_version() -> str:
     try:
-        version = metadata.version("dsv4_jax")
+        return metadata.version("dsv4_jax")
     except metadata.PackageNotFoundError:
-        version = "not installed"
-    return JSONResponse({"version": version})
+        return "not installed"
+
+
+def _openapi(service: Service) -> Response:
+    return JSONResponse(document(_own_version(), bool(service.settings.api_keys)))
 
 
 async def _models(service: Service, _: Request) -> Response:
@@ -114,6 +143,13 @@ async def _models(service: Service, _: Request) -> Response:
 async def _model(service: Service, request: Request) -> Response:
     name = service.model_name(request.path_params["name"])
     return JSONResponse(_entry(service, name))
+
+
+async def _cancel(service: Service, request: Request) -> Response:
+    """Ends a request by its `x-request-id` or the id of its reply; again and again if you like."""
+    name = request.path_params["name"]
+    was_running = service.cancel(request.scope["dsv4.tenant"], name)
+    return JSONResponse({"id": name, "cancelled": was_running})
 
 
 def _entry(service: Service, name: str) -> dict[str, Any]:
@@ -146,8 +182,12 @@ async def _page(_: Request) -> Response:
     return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    request.scope["dsv4.error"] = error.code
+    if is_anthropic(request.url.path):
+        body = {**error_body(error), "request_id": request.scope["dsv4.request_id"]}
+        return JSONResponse(body, status_of(error), error.headers)
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -157,20 +197,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         known = ApiError(404, "not_found", f"There is nothing at {shown}.")
     else:
-        known = ApiError(error.status_code, "invalid_request", f"{shown}: {error.detail}.")
-    return JSONResponse(known.body(), error.status_code, error.headers)
+        problem = f"{shown}: {error.detail}."
+        known = ApiError(error.status_code, "invalid_request", problem, headers=error.headers)
+    return await _api_error(request, known)
 
 
 async def _bug(request: Request, _: Exception) -> Response:
-    error = internal(request.scope["dsv4.request_id"])
-    return JSONResponse(error.body(), error.status, error.headers)
+    return await _api_error(request, internal(request.scope["dsv4.request_id"]))
 
 
 class _Outermost:
-    """Names every request (`x-request-id`, the client's own if it sent one) and logs bugs."""
+    """Names every request (`x-request-id`, the client's own if it sent one), counts, logs bugs."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, counters: Counters) -> None:
         self.app = app
+        self._counters = counters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,9 +219,12 @@ class _Outermost:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         name = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope["dsv4.request_id"] = name
+        start, status = time.monotonic(), 499
 
         async def send_named(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
             await send(message)
 
@@ -190,3 +234,11 @@ class _Outermost:
             _log.info("%s finish=disconnected", name)
         except Exception:
             _log.exception("request %s failed", name)
+        finally:
+            path = scope["path"] if scope["path"] in _COUNTED else "other"
+            self._counters.http(path, status, time.monotonic() - start)
+            if code := scope.get("dsv4.error"):
+                self._counters.error(code)
+
+
+_COUNTED = {*POSTS, "/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/"}

@@ -1,28 +1,22 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Callable
+from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from dsv4_jax.serving.answers import Answering, Facts, MakeTurn, headers_of
 from dsv4_jax.serving.body import read_json
-from dsv4_jax.serving.errors import not_ready
-from dsv4_jax.serving.events import Event, Finish, merge
+from dsv4_jax.serving.leader import Leader
 from dsv4_jax.serving.plan import PromptPlan
-from dsv4_jax.serving.reply import Reply, server_sent
-from dsv4_jax.serving.schema import read_chat_request
+from dsv4_jax.serving.reply import Reply
+from dsv4_jax.serving.schema import ChatRequest, read_chat_request
 from dsv4_jax.serving.service import Loaded, Service
-from dsv4_jax.serving.streams import EventStream, unless_disconnected
-from dsv4_jax.serving.turn import Cancelled, Turn
-from dsv4_jax.serving.worker import Job, Work
-
-_log = logging.getLogger(__name__)
-Answer = Job[Event | Finish]
+from dsv4_jax.serving.turn import Turn
 
 
 async def chat_completions(service: Service, request: Request) -> Response | ASGIApp:
@@ -33,87 +27,68 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
     )
     name = service.model_name(ask.model)
+    plan = await planned(service, loaded, request, ask)
+    reply = Reply(
+        name,
+        loaded.fingerprint,
+        len(plan.prompt_ids),
+        ask.include_usage,
+        None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
+    )
+    answering = Answering(
+        service,
+        request,
+        facts_of(request, plan),
+        turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
+        reply,
+        headers_of(service, plan.warning),
+    )
+    return await answering.respond(ask.stream)
+
+
+async def planned(
+    service: Service, loaded: Loaded, request: Request, ask: ChatRequest
+) -> PromptPlan:
+    """Renders and tokenises off the event loop.
+
+    Raises:
+        ApiError: 400, the request cannot be rendered; 429 or 503, there is no room.
+    """
     service.thread.check_room()  # before the work of tokenising
     async with service.planning:
-        plan = await asyncio.to_thread(loaded.planner.plan, ask)
-    request_id = request.scope["dsv4.request_id"]
-    job = service.thread.admit(_work(loaded, plan, request_id))
-    reply = Reply(name, loaded.fingerprint, len(plan.prompt_ids), ask.include_usage)
-    headers = {"x-dsv4-warning": plan.warning} if plan.warning else {}
-    if plan.warning:
-        service.warn_once(plan.warning)
-    if ask.stream:
-        return EventStream(
-            job,
-            _Chunks(reply).encode,
-            request_id,
-            settings.hold_headers_s,
-            settings.keep_alive_s,
-            headers,
-        )
-    try:
-        answer = await unless_disconnected(request.receive, _whole(job, reply, headers))
-    finally:
-        job.cancel()
-    return answer or Response(status_code=499)
+        tenant = request.scope["dsv4.tenant"]
+        plan = await asyncio.to_thread(loaded.planner.plan, ask, tenant, service.replay)
+    service.counters.restored(plan.restored)
+    return plan
 
 
-def _work(loaded: Loaded, plan: PromptPlan, request_id: str) -> Work[Event | Finish]:
-    """Returns the work of the model thread: the turn, with one log line at its end."""
-
-    def work(is_cancelled: Callable[[], bool]) -> Iterator[Event | Finish]:
-        start = time.monotonic()
-        turn = Turn(plan, loaded.planner, loaded.model, is_cancelled)
-        reason = "error"
-        try:
-            for event in turn:
-                reason = event.reason if isinstance(event, Finish) else reason
-                yield event
-        except Cancelled:
-            reason = "cancelled"
-            raise not_ready("draining") from None
-        finally:
-            _log_turn(request_id, turn, reason, time.monotonic() - start)
-
-    return work
-
-
-def _log_turn(request_id: str, turn: Turn, reason: str, seconds: float) -> None:
-    repairs = {kind: count for kind, count in turn.repairs.items() if count}
-    _log.info(
-        "%s finish=%s prompt=%d completion=%d reasoning=%d seconds=%.2f thinking=%s repairs=%s",
-        request_id,
-        reason,
-        len(turn.plan.prompt_ids),
-        turn.completion_tokens,
-        turn.reasoning_tokens,
-        seconds,
-        turn.plan.effort or turn.plan.thinking,
-        repairs,
+def facts_of(request: Request, plan: PromptPlan) -> Facts:
+    return Facts(
+        request.scope["dsv4.request_id"],
+        request.url.path,
+        plan.tenant,
+        len(plan.prompt_ids),
+        f"thinking:{plan.effort or 'default'}" if plan.thinking else "chat",
     )
 
 
-async def _whole(job: Answer, reply: Reply, headers: dict[str, str]) -> Response:
-    events: list[Event] = []
-    while (items := await job.next()) is not None:
-        for item in items:
-            if isinstance(item, Finish):
-                return JSONResponse(reply.completion(events, item), headers=headers)
-            events.append(item)
-    raise AssertionError("an answer ended without a finish")
+def turn_makers(
+    service: Service, loaded: Loaded, plan: PromptPlan, request_id: str
+) -> list[MakeTurn]:
+    """Returns what makes the answers; those after the first wait for its cached prompt."""
+    leader = Leader() if plan.n > 1 else None
+    name = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
 
+    def make(index: int, is_cancelled: Callable[[], bool]) -> Turn:
+        return Turn(
+            plan.choice(index),
+            loaded.planner,
+            loaded.model,
+            is_cancelled,
+            request_id=f"{name}.{index}",
+            leads=leader if index == 0 else None,
+            follows=leader if index else None,
+            replay=service.replay,
+        )
 
-@dataclass
-class _Chunks:
-    """Turns events into server-sent events, beginning with the role."""
-
-    reply: Reply
-    _has_begun: bool = field(default=False, init=False)
-
-    def encode(self, items: list[Event | Finish]) -> bytes:
-        chunks = [] if self._has_begun else [self.reply.first_chunk()]
-        self._has_begun = True
-        chunks += map(self.reply.chunk, merge([e for e in items if not isinstance(e, Finish)]))
-        if isinstance(items[-1], Finish):
-            chunks += self.reply.last_chunks(items[-1])
-        return b"".join(map(server_sent, chunks))
+    return [partial(make, index) for index in range(plan.n)]

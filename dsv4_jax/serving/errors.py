@@ -83,3 +83,9 @@ def internal(request_id: str) -> ApiError:
     """A bug of ours. Retrying the same request would meet it again."""
     message = f"The server failed on this request ({request_id}); its log says why."
     return ApiError(500, "internal_error", message, headers={"x-should-retry": "false"})
+
+
+def cancelled() -> ApiError:
+    """Somebody asked to cancel the request."""
+    headers = {"x-should-retry": "false"}
+    return ApiError(499, "request_cancelled", "The request was cancelled.", headers=headers)

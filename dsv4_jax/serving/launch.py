@@ -4,11 +4,15 @@ import atexit
 import errno
 import hashlib
 import json
+import logging
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -16,8 +20,10 @@ from dsv4_jax.serving.api import create_app
 from dsv4_jax.serving.http11 import Http11
 from dsv4_jax.serving.service import Service
 
-GRACE_S = 5  # for running answers when the server is told to stop
+GRACE_S = 5  # for connections to end once nothing is being answered any more
+DRAIN_TIMEOUT_S = 60.0
 TRIED_PORTS = 50
+log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -85,8 +91,45 @@ def how_to_use(url: str, needs_key: bool) -> str:
     )
 
 
-def serve(service: Service, listener: socket.socket, load: Callable[[], None]) -> None:
+class _Server(uvicorn.Server):
+    """Stops at once on Ctrl-C; on SIGTERM once what was taken is answered, or time is up."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_timeout_s = drain_timeout_s
+        self._drained_at: float | None = None  # at the latest
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        is_first = self._drained_at is None and not self.should_exit
+        if sig == signal.SIGTERM and is_first and self._service.phase == "ready":
+            self._drained_at = time.monotonic() + self._drain_timeout_s
+            self._service.phase = "draining"
+            self._service.thread.drain()
+            log.info("draining: %d to finish", self._service.thread.admitted)
+            return
+        self._service.thread.stop()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drained_at is not None and not self.should_exit:
+            left = self._service.thread.admitted
+            if not left or time.monotonic() >= self._drained_at:
+                log.info("drained, %d unfinished", left)
+                self.handle_exit(signal.SIGTERM, None)
+        return await super().on_tick(counter)
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    load: Callable[[], None],
+    drain_timeout_s: float = DRAIN_TIMEOUT_S,
+) -> None:
     """Answers on `listener` until a signal; `load` runs on a thread and makes `service` ready.
+
+    After SIGTERM new requests get 503, and running ones have `drain_timeout_s` to finish; a second
+    signal, or Ctrl-C, ends them at once.
 
     Raises:
         Exception: what `load` raised; the server is stopped then.
@@ -102,7 +145,7 @@ def serve(service: Service, listener: socket.socket, load: Callable[[], None]) -
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, service, drain_timeout_s)
     failures: list[BaseException] = []
 
     def loading() -> None:

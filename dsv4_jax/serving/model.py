@@ -1,7 +1,11 @@
 """What the server needs of a model."""
 
-from collections.abc import Generator, Sequence
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from dsv4_jax.sampling import SamplingParams
 
@@ -11,6 +15,52 @@ class Exposition(Protocol):
 
     def text(self) -> bytes:
         """All of them in its text format."""
+        ...
+
+
+class Token(NamedTuple):
+    """A token with its natural log-probability and the most likely (id, log-probability) pairs.
+
+    Both are of the model's own distribution, and there only if asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenGuide(Protocol):
+    """Says which tokens may come next. Called by the model, on a thread of its own."""
+
+    def fill(self, words_W: np.ndarray) -> bool:
+        """Writes the allowed ids of the next token: bit i % 32 of uint32 word i // 32 is id i.
+
+        Returns:
+            False: anything goes now, and the words were left alone.
+        """
+        ...
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was drawn: once per token, in order, before the next `fill`."""
+        ...
+
+
+class TokenStream(Iterator[Token], Protocol):
+    """Tokens of one request as they come, the final stop id included.
+
+    `cached_tokens` of the prompt were not computed again. `prompt_logprobs`, if asked for, has an
+    entry for each token of the prompt, None for the first. Both are known once a token is there
+    (or the end, if there are none).
+    """
+
+    @property
+    def cached_tokens(self) -> int: ...
+
+    @property
+    def prompt_logprobs(self) -> Sequence[Token | None] | None: ...
+
+    def close(self) -> None:
+        """Stops the work; from any thread, any number of times."""
         ...
 
 
@@ -26,7 +76,29 @@ class TokenModel(Protocol):
         ...
 
     def stream(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, stop_ids: frozenset[int]
-    ) -> Generator[int]:
-        """Yields sampled ids, the final stop id included; closing the iterator stops the work."""
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        stop_ids: frozenset[int],
+        *,
+        tenant: str = "",
+        request_id: str | None = None,
+        guide: TokenGuide | None = None,
+        after: TokenStream | None = None,
+        keep_output: bool = False,
+        checkpoints: Sequence[int] = (),
+    ) -> TokenStream:
+        """Continues a prompt.
+
+        Args:
+            prompt_ids: At least one token.
+            sampling: How tokens are drawn.
+            stop_ids: Tokens that end the stream.
+            tenant: Whose turn it takes, and whose cached prefixes it may use.
+            request_id: For logs.
+            guide: Restricts what may be drawn.
+            after: A stream of the same prompt, whose work on it this one waits for and shares.
+            keep_output: A later prompt is likely to contain this one and its output as they are.
+            checkpoints: Positions of the prompt at which later ones are likely to leave it.
+        """
         ...

@@ -1,10 +1,11 @@
 """The settings of the server, as `settings.py` reads them."""
 
 from dsv4_jax.serving.schema import EFFORTS
-from dsv4_jax.serving.settings import Option, integer, one_of, switch
+from dsv4_jax.serving.settings import Option, integer, number, one_of, switch
 
 NUMERICS = ("reference", "plain")
 DTYPES = ("bfloat16", "float32")
+IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
 
 
@@ -31,8 +32,47 @@ OPTIONS = (
         metavar="N",
         unset="two full contexts",
     ),
+    Option(
+        "host-cache-gib",
+        "model",
+        "host memory for reusable context that leaves the device, in GiB; 0: none",
+        0.0,
+        number(0),
+        "G",
+    ),
     Option("numerics", "model", "arithmetic", "reference", one_of(*NUMERICS), choices(NUMERICS)),
     Option("dtype", "model", "of activations", "bfloat16", one_of(*DTYPES), choices(DTYPES)),
+    Option(
+        "compile-cache",
+        "operation",
+        "folder of compiled programs; 'off' keeps none",
+        metavar="DIR|off",
+        unset="the user's cache folder",
+    ),
+    Option(
+        "drain-timeout",
+        "operation",
+        "seconds to finish running answers after SIGTERM",
+        60.0,
+        number(0),
+        "S",
+    ),
+    Option(
+        "step-timeout",
+        "operation",
+        "seconds after which a step of the engine is given up",
+        300.0,
+        number(0),
+        "S",
+    ),
+    Option(
+        "implementation",
+        "model",
+        "of the hot path; interpret is slow",
+        read=one_of(*IMPLEMENTATIONS),
+        metavar=choices(IMPLEMENTATIONS),
+        unset="pallas on TPU, reference elsewhere",
+    ),
     Option("dry-run", "model", "show the plan, memory included, then stop", False, switch),
     Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),
     Option("port", "HTTP", "0 takes any free one", 8000, integer(0, 65535), "P"),

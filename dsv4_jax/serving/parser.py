@@ -73,6 +73,11 @@ class CompletionParser:
         self._after_block = False
         self._unopened_block = False  # the block began with a call, without its own tag
 
+    @property
+    def is_in_tag(self) -> bool:
+        """Whether a marker was accepted and its tag is still being read."""
+        return self._tag is not None
+
     def feed(self, token: int, data: bytes) -> list[Event]:
         """Takes the next token; `data` is its UTF-8 text and is ignored for control tokens."""
         if token in self._controls.all:

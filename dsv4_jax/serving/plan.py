@@ -3,8 +3,11 @@
 Whether thinking is on is decided here and nowhere else, so prompt and parser cannot disagree.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from dsv4_jax.encoding import (
     EncodingError,
@@ -16,8 +19,12 @@ from dsv4_jax.encoding import (
     starts_in_reasoning,
 )
 from dsv4_jax.encoding import constants as C
-from dsv4_jax.serving.errors import ApiError, context_too_long
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.serving.constraints import Constrainer, Constraints
+from dsv4_jax.serving.errors import ApiError, context_too_long, invalid
+from dsv4_jax.serving.grammar import GrammarCompiler
 from dsv4_jax.serving.parser import CompletionParser, ControlIds
+from dsv4_jax.serving.replay import Find, ReplayStore, spliced
 from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
@@ -26,12 +33,21 @@ MAX_ANSWER_TOKENS = 393_216
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
 
+def seed_of(seed: int, index: int) -> int:
+    """The seed of answer `index`; the first one's is the request's own."""
+    name = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(name[:8], "big", signed=True) if index else seed
+
+
 @dataclass(frozen=True)
 class PromptPlan:
     """Everything an answer depends on.
 
-    `effort` is the encoder's name for it; `stop` applies to content; `thinking_budget` is the
-    number of reasoning tokens after which reasoning is closed; `warning` is for the client.
+    `effort` is the encoder's name for it; `stop` applies to content, and to reasoning if
+    `stop_in_reasoning`; `thinking_budget` is the number of reasoning tokens after which reasoning
+    is closed, as it is with `loop_guard` once the model repeats itself; `tenant` is who shares
+    cached prompts; `restored` earlier answers stand in the prompt as the model said them; `warning`
+    is for the client.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,26 +56,48 @@ class PromptPlan:
     starts_in_reasoning: bool
     has_tools: bool
     tool_names: frozenset[str]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
+    sampling: SamplingParams
+    n: int
     stop: tuple[str, ...]
+    stop_ids: frozenset[int]
+    stop_in_reasoning: bool
+    keep_stop: bool
+    constraints: Constraints
     thinking_budget: int | None
+    loop_guard: bool
+    tenant: str
+    restored: int
     warning: str | None
+
+    @property
+    def max_tokens(self) -> int:
+        return self.sampling.max_tokens
+
+    def choice(self, index: int) -> "PromptPlan":
+        """The plan of answer `index`: with a seed, every answer gets its own."""
+        if self.sampling.seed is None:
+            return self
+        seed = seed_of(self.sampling.seed, index)
+        return replace(self, sampling=replace(self.sampling, seed=seed))
 
 
 class Planner:
     """Makes plans for one model: its tokenizer, prompt profile and context limit in tokens."""
 
     def __init__(
-        self, tokenizer: Tokenizer, profile: Profile, max_len: int, default_effort: str = "high"
+        self,
+        tokenizer: Tokenizer,
+        profile: Profile,
+        max_len: int,
+        default_effort: str = "high",
+        loop_guard: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.profile: Profile = profile
         self.max_len = max_len
         self.default_effort = default_effort
+        self.loop_guard = loop_guard
+        self._constrainer = Constrainer(GrammarCompiler(tokenizer))
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
         )
@@ -70,34 +108,26 @@ class Planner:
             all=tokenizer.control_ids,
         )
 
-    def plan(self, request: ChatRequest) -> PromptPlan:
+    def plan(
+        self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
+    ) -> PromptPlan:
         """Renders and tokenises; takes seconds for a very long prompt.
+
+        Args:
+            tenant: who may use the cached prompt, beside the user the request names.
+            replay: knows what the model said in earlier turns.
 
         Raises:
             ApiError: 400, the conversation cannot be rendered or does not fit.
         """
         thinking = self._is_thinking(request)
-        try:
-            effort = self._effort(request) if thinking else None
-            messages = normalize_messages(
-                request.messages,
-                tools=request.tools or None,
-                show_tools=request.tool_choice != "none",
-                continue_final_message=request.continue_final_message,
-            )
-            segments = render_segments(
-                messages,
-                "thinking" if thinking else "chat",
-                drop_thinking=request.drop_thinking is not False,
-                reasoning_effort=effort,
-                profile=self.profile,
-            )
-            self._refuse_hopeless(segments, request.max_tokens)
-            prompt_ids = tuple(self.tokenizer.encode_segments(segments))
-        except EncodingError as error:
-            raise ApiError(400, error.code, str(error), error.where) from None
-        except TokenizerError as error:
-            raise ApiError(400, "invalid_value", str(error), "messages") from None
+        effort = self._effort(request) if thinking else None
+        tenant = f"{tenant}:{request.user}"
+        find = partial((replay or ReplayStore(0)).find, tenant)
+        messages, segments = self._rendered(request, thinking, effort, find)
+        self._refuse_hopeless(segments, request.max_tokens)
+        ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
+        prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
         return PromptPlan(
             prompt_ids=prompt_ids,
@@ -106,15 +136,93 @@ class Planner:
             starts_in_reasoning=starts_in_reasoning(segments),
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            max_tokens=self._answer_tokens(len(prompt_ids), request.max_tokens),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            seed=request.seed,
+            sampling=self.sampling(
+                request.sampling, len(prompt_ids), request.max_tokens, request.logprobs
+            ),
+            n=request.n,
             stop=request.stop,
+            stop_ids=request.stop_ids,
+            stop_in_reasoning=request.stop_in_reasoning,
+            keep_stop=request.keep_stop,
+            constraints=self._constraints(request, messages, tools),
             thinking_budget=request.thinking_budget,
+            loop_guard=self.loop_guard,
+            tenant=tenant,
+            restored=restored,
             warning=self._warning(effort),
         )
+
+    def sampling(
+        self, given: Mapping[str, Any], prompt: int, asked: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """Returns how to sample behind `prompt` tokens, as many as asked for or as fit.
+
+        Raises:
+            ApiError: 400, they do not fit, or a field is out of range.
+        """
+        for index, _ in given.get("logit_bias", ()):
+            if index >= self.tokenizer.vocab_size:
+                raise invalid("logit_bias", f"{index} is not a token of this model")
+        return SamplingParams(
+            max_tokens=self._answer_tokens(prompt, asked), logprobs=logprobs, **given
+        )
+
+    def _rendered(
+        self, request: ChatRequest, thinking: bool, effort: str | None, find: Find
+    ) -> tuple[list[dict[str, Any]], list[Segment]]:
+        reply = request.reply_format
+        schema = {"type": "json_schema", "json_schema": {"schema": reply and reply.value}}
+        try:
+            messages = normalize_messages(
+                request.messages,
+                tools=request.tools or None,
+                show_tools=request.tool_choice.mode != "none",
+                response_format=schema if reply and reply.kind == "json_schema" else None,
+                continue_final_message=request.continue_final_message,
+                restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
+            )
+            segments = render_segments(
+                messages,
+                "thinking" if thinking else "chat",
+                drop_thinking=request.drop_thinking is not False,
+                reasoning_effort=effort,
+                profile=self.profile,
+            )
+        except EncodingError as error:
+            raise ApiError(400, error.code, str(error), error.where) from None
+        return messages, segments
+
+    def tokens(
+        self, segments: Sequence[Segment], requested: int | None, param: str = "messages"
+    ) -> tuple[int, ...]:
+        """Tokenises a prompt unless it is far too long; `param` names it in errors.
+
+        Raises:
+            ApiError: 400.
+        """
+        self._refuse_hopeless(segments, requested)
+        return tuple(self._encoded(param, segments))
+
+    def _encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
+        try:
+            return self.tokenizer.encode_segments(segments)
+        except TokenizerError as error:
+            raise ApiError(400, "invalid_value", str(error), param) from None
+
+    def _constraints(
+        self, request: ChatRequest, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
+    ) -> Constraints:
+        """The tools are the request's own where it has some: those say which are strict."""
+        constraints = self._constrainer.constraints(
+            request.tools if tools and request.tools else tools,
+            request.tool_choice,
+            request.parallel_calls,
+            request.reply_format,
+        )
+        if constraints.content is not None and messages[-1].get("wo_eos"):
+            param = "response_format" if request.reply_format else "tool_choice"
+            raise invalid(param, "cannot be combined with a message that is continued")
+        return constraints
 
     def parser(self, plan: PromptPlan) -> CompletionParser:
         return CompletionParser(
@@ -139,7 +247,10 @@ class Planner:
 
     def _effort(self, request: ChatRequest) -> str | None:
         asked = [e for e in (request.effort, request.template_effort) if e not in (None, "none")]
-        return resolve_effort(asked[0] if asked else None, self.profile, self.default_effort)
+        try:
+            return resolve_effort(asked[0] if asked else None, self.profile, self.default_effort)
+        except EncodingError as error:
+            raise ApiError(400, error.code, str(error), error.where) from None
 
     def _refuse_hopeless(self, segments: Sequence[Segment], requested: int | None) -> None:
         """Refuses without tokenising what cannot fit even in the longest tokens there are."""

@@ -1,24 +1,28 @@
 """Answers in the shape of OpenAI chat completions, whole and in chunks."""
 
 import json
-import secrets
-import string
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4_jax.serving.events import Content, Event, Finish, Reasoning, ToolArguments, ToolStart
+from dsv4_jax.serving.errors import ApiError
+from dsv4_jax.serving.events import (
+    Content,
+    Event,
+    Finish,
+    Reasoning,
+    ToolArguments,
+    ToolStart,
+    merge,
+    random_id,
+)
+from dsv4_jax.serving.logprobs import TokenBytes, chat_logprobs
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-_BASE62 = string.ascii_letters + string.digits
 # Some clients split lines at these too.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-
-
-def random_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(_BASE62) for _ in range(24))
 
 
 def server_sent(data: object) -> bytes:
@@ -29,54 +33,64 @@ def server_sent(data: object) -> bytes:
 
 @dataclass
 class Reply:
-    """What the parts of one answer have in common. `model` is the name the client used."""
+    """What the parts of one answer have in common. `model` is the name the client used.
+
+    `token_bytes` is there when logprobs were asked for.
+    """
 
     model: str
     fingerprint: str
     prompt_tokens: int
     include_usage: bool = False
+    token_bytes: TokenBytes | None = None
     id: str = field(default_factory=lambda: random_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, events: Iterable[Event], finish: Finish) -> dict[str, Any]:
-        """Returns the whole answer as one object."""
-        message = _message(events)
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": finish.reason,
-        }
+    def completion(self, answers: Sequence[tuple[Sequence[Event], Finish]]) -> dict[str, Any]:
+        """Returns all answers, each with its end, as one object."""
+        choices = [
+            {
+                "index": index,
+                "message": message_of(events),
+                "logprobs": self._logprobs(events),
+                "finish_reason": finish.reason,
+            }
+            for index, (events, finish) in enumerate(answers)
+        ]
+        usage = self.usage([finish for _, finish in answers])
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    def encoder(self, count: int) -> "ChunkEncoder":
+        """Returns what turns the items of `count` answers into server-sent events."""
+        return ChunkEncoder(self, count)
+
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def chunk(self, index: int, event: Event) -> dict[str, Any]:
+        return self._chunk(index, _delta(event), logprobs=self._logprobs([event]))
+
+    def last_chunk(self, index: int, finish: Finish) -> dict[str, Any]:
+        return self._chunk(index, {}, finish.reason)
+
+    def usage_chunk(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+        head = self._head("chat.completion.chunk")
+        return {**head, "choices": [], "usage": self.usage(finishes)}
+
+    def usage(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+        """Returns token counts of all answers; the prompt counts once."""
+        return usage_of(self.prompt_tokens, finishes)
+
+    def _logprobs(self, events: Iterable[Event]) -> dict[str, Any] | None:
+        if self.token_bytes is None:
+            return None
+        texts = [event for event in events if isinstance(event, Content | Reasoning)]
+        content = [t for e in texts if isinstance(e, Content) for t in e.tokens]
+        reasoning = [t for e in texts if isinstance(e, Reasoning) for t in e.tokens]
         return {
-            **self._head("chat.completion"),
-            "choices": [choice],
-            "usage": self.usage(finish),
-        }
-
-    def first_chunk(self) -> dict[str, Any]:
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def chunk(self, event: Event) -> dict[str, Any]:
-        return self._chunk(_delta(event))
-
-    def last_chunks(self, finish: Finish) -> list[dict[str, Any]]:
-        """Returns the chunk with the reason and, if asked for, the one with the usage."""
-        chunks = [self._chunk({}, finish.reason)]
-        if self.include_usage:
-            head = self._head("chat.completion.chunk")
-            chunks.append({**head, "choices": [], "usage": self.usage(finish)})
-        return chunks
-
-    def usage(self, finish: Finish) -> dict[str, Any]:
-        """Returns token counts; nothing is cached between requests yet."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": finish.completion_tokens,
-            "total_tokens": self.prompt_tokens + finish.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": finish.reasoning_tokens},
-            "prompt_cache_hit_tokens": 0,
-            "prompt_cache_miss_tokens": self.prompt_tokens,
+            "content": chat_logprobs(content, self.token_bytes),
+            "refusal": None,
+            "reasoning_content": chat_logprobs(reasoning, self.token_bytes),
         }
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -88,10 +102,32 @@ class Reply:
             "system_fingerprint": self.fingerprint,
         }
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         usage = {"usage": None} if self.include_usage else {}
         return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
+
+
+def usage_of(prompt_tokens: int, finishes: Sequence[Finish]) -> dict[str, Any]:
+    """Returns token counts as chat and plain completions report them."""
+    completion = sum(finish.completion_tokens for finish in finishes)
+    reasoning = sum(finish.reasoning_tokens for finish in finishes)
+    cached = min(prompt_tokens, finishes[0].cached_tokens) if finishes else 0
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": prompt_tokens - cached,
+    }
 
 
 def _delta(event: Event) -> dict[str, Any]:
@@ -100,18 +136,17 @@ def _delta(event: Event) -> dict[str, Any]:
             return {"reasoning_content": text, "reasoning": text}
         case Content(text):
             return {"content": text}
-        case ToolStart(index, name):
-            return {"tool_calls": [{"index": index, **_call(name)}]}
+        case ToolStart(index, name, call_id):
+            return {"tool_calls": [{"index": index, **_call(name, call_id)}]}
         case ToolArguments(index, text):
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-def _call(name: str) -> dict[str, Any]:
-    function = {"name": name, "arguments": ""}
-    return {"id": random_id("call_"), "type": "function", "function": function}
+def _call(name: str, call_id: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
-def _message(events: Iterable[Event]) -> dict[str, Any]:
+def message_of(events: Iterable[Event]) -> dict[str, Any]:
     content: list[str] = []
     reasoning: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -122,8 +157,8 @@ def _message(events: Iterable[Event]) -> dict[str, Any]:
                 reasoning.append(text)
             case Content(text):
                 content.append(text)
-            case ToolStart(_, name):
-                calls.append(_call(name))
+            case ToolStart(_, name, call_id):
+                calls.append(_call(name, call_id))
                 arguments.append([])
             case ToolArguments(index, text):
                 arguments[index].append(text)
@@ -135,3 +170,35 @@ def _message(events: Iterable[Event]) -> dict[str, Any]:
     if reasoning:
         message["reasoning_content"] = message["reasoning"] = "".join(reasoning)
     return message
+
+
+class ChunkEncoder:
+    """Numbered items of several answers as chunks, each answer's beginning with its role."""
+
+    done = DONE
+    beat = KEEP_ALIVE
+
+    def __init__(self, reply: Reply, count: int) -> None:
+        self._reply = reply
+        self._begun: set[int] = set()
+        self._finishes: list[Finish | None] = [None] * count
+
+    def encode(self, items: Sequence[tuple[int, Event | Finish]]) -> bytes:
+        chunks: list[dict[str, Any]] = []
+        for index in sorted({index for index, _ in items}):
+            if index not in self._begun:
+                self._begun.add(index)
+                chunks.append(self._reply.first_chunk(index))
+            own = [item for number, item in items if number == index]
+            texts = merge([item for item in own if not isinstance(item, Finish)])
+            chunks += [self._reply.chunk(index, event) for event in texts]
+            if isinstance(end := own[-1], Finish):
+                self._finishes[index] = end
+                chunks.append(self._reply.last_chunk(index, end))
+        ends = [finish for finish in self._finishes if finish is not None]
+        if len(ends) == len(self._finishes) and self._reply.include_usage:
+            chunks.append(self._reply.usage_chunk(ends))
+        return b"".join(map(server_sent, chunks))
+
+    def error(self, error: ApiError) -> bytes:
+        return server_sent(error.body())

@@ -1,17 +1,22 @@
 """What the routes share: settings, the loaded model, and the thread it runs on."""
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.requests import Request
 
+from dsv4_jax.serving.counters import Counters
 from dsv4_jax.serving.errors import ApiError, not_ready
 from dsv4_jax.serving.events import Event, Finish
 from dsv4_jax.serving.model import TokenModel
 from dsv4_jax.serving.plan import MODE_OF_NAME, Planner
+from dsv4_jax.serving.replay import ReplayStore
 from dsv4_jax.serving.worker import ModelThread
 
 _log = logging.getLogger(__name__)
@@ -23,7 +28,8 @@ class Settings:
     """Choices of whoever runs the server.
 
     `names` are the model's, the first one preferred; `notice` is what users should know of it.
-    `parallel` answers are made at a time; `max_waiting` more requests may wait.
+    `parallel` answers are made at a time; `max_waiting` more requests may wait. Of answers that
+    called tools, `replay_tokens` tokens are remembered to restore them in later prompts; 0: none.
     """
 
     names: tuple[str, ...]
@@ -35,6 +41,7 @@ class Settings:
     body_timeout_s: float = 60.0
     hold_headers_s: float = 5.0
     keep_alive_s: float = 10.0
+    replay_tokens: int = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,12 @@ class Loaded:
     planner: Planner
     model: TokenModel
     fingerprint: str
+
+
+class Cancellable(Protocol):
+    """A request that is being answered."""
+
+    def abort(self) -> None: ...
 
 
 class Service:
@@ -58,6 +71,9 @@ class Service:
             settings.max_waiting, workers=settings.parallel
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
+        self.counters = Counters()
+        self.replay = ReplayStore(settings.replay_tokens)
+        self._running: dict[tuple[str, str], Cancellable] = {}
         self._loaded: Loaded | None = None
         self._warned: set[str] = set()
 
@@ -71,9 +87,30 @@ class Service:
         """Whether the model's engine stopped with an error."""
         return self._loaded is not None and self._loaded.model.failure is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether new requests are let in: not once the server is told to stop."""
+        return not self.thread.is_stopping
+
     def metrics(self) -> bytes:
-        """Prometheus text; empty until the model is there."""
-        return b"" if self._loaded is None else self._loaded.model.metrics.text()
+        """Prometheus text: the server's, and the engine's once it is there."""
+        engine = b"" if self._loaded is None else self._loaded.model.metrics.text()
+        return engine + self.counters.text()
+
+    def register(self, tenant: str, names: Iterable[str], running: "Cancellable") -> None:
+        """Makes a running request known to its tenant by its names, until `unregister`."""
+        self._running |= {(tenant, name): running for name in names}
+
+    def unregister(self, running: "Cancellable") -> None:
+        self._running = {name: r for name, r in self._running.items() if r is not running}
+
+    def cancel(self, tenant: str, name: str) -> bool:
+        """Cancels a running request; False if there is none of that name (any more)."""
+        running = self._running.get((tenant, name))
+        if running is None:
+            return False
+        running.abort()
+        return True
 
     def loaded(self) -> Loaded:
         """Returns the model.
@@ -104,8 +141,11 @@ class Service:
             raise ApiError(404, "model_not_found", problem + ", ".join(names), "model")
         return asked
 
-    def check_key(self, request: Request) -> None:
+    def check_key(self, request: Request) -> str:
         """Lets a request pass that carries one of the keys, or any if there are none.
+
+        Returns:
+            A name for the key, "" without keys; it is not the key.
 
         Raises:
             ApiError: 401.
@@ -117,3 +157,4 @@ class Service:
         if keys and not any(matches):
             problem = "Send a valid API key as 'Authorization: Bearer KEY'."
             raise ApiError(401, "invalid_api_key", problem)
+        return hashlib.sha256((given or "").encode()).hexdigest()[:16] if keys else ""

@@ -16,6 +16,7 @@ from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.params import abstract, unit_specs
+from dsv4_jax.serving.compile_cache import use_compile_cache
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Sizes
 from dsv4_jax.serving.engine.loop import Engine
@@ -26,6 +27,7 @@ from dsv4_jax.serving.service import Service
 from dsv4_jax.tokenizer import Tokenizer
 
 DEFAULT_MAX_LEN = 131_072
+GIB = 1 << 30
 say = partial(print, flush=True)
 
 
@@ -57,12 +59,13 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
-    num = Numerics(args.numerics, args.dtype)
+    num = Numerics(args.numerics, args.dtype, args.implementation)
     say(f"model    {name}: {cfg.num_layers} layers, {args.checkpoint or 'the demo'}")
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
-    say(f"numbers  {args.numerics} numerics, {args.dtype}")
+    how = args.implementation or ("pallas" if num.kernels else "reference")
+    say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     say(f"memory   {memory_plan(cfg, num, abstract(cfg, unit_specs(cfg)), sizes)}")
     return Plan(num, tokenizer, profile, max_len, scheduling, sizes)
 
@@ -81,6 +84,8 @@ def start(
     and parts in all.
     """
     begin = time.monotonic()
+    if (cache := use_compile_cache(args.compile_cache)) is not None:
+        say(f"programs {cache} (--compile-cache)")
 
     def progress(done: int, total: int) -> None:
         service.percent = 80 * done // total
@@ -88,9 +93,18 @@ def start(
         say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
 
     cfg, params = load(folder, progress=progress)
-    how = f"{plan.profile} {args.numerics} {args.dtype}"
+    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
     name = fingerprint(Path(folder, "manifest.json").read_bytes(), how.encode())
-    engine = Engine(cfg, plan.num, params, plan.scheduling, plan.sizes, name)
+    engine = Engine(
+        cfg,
+        plan.num,
+        params,
+        plan.scheduling,
+        plan.sizes,
+        name,
+        host_cache_bytes=int(args.host_cache_gib * GIB),
+        step_timeout_s=args.step_timeout,
+    )
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()

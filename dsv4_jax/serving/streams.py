@@ -2,17 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from dsv4_jax.serving.errors import ApiError, internal
-from dsv4_jax.serving.reply import DONE, KEEP_ALIVE, server_sent
-from dsv4_jax.serving.worker import Job
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+T_in = TypeVar("T_in", contravariant=True)
+Reading = asyncio.Future[Sequence[T] | None]
 _log = logging.getLogger(__name__)
 
 
@@ -34,24 +35,46 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
+class Source(Protocol[T_co]):
+    """Where the items of a stream come from."""
+
+    async def next(self) -> Sequence[T_co] | None:
+        """Waits for items; None after the last ones."""
+        ...
+
+    def cancel(self) -> None: ...
+
+
+class Encoder(Protocol[T_in]):
+    """How the items of a stream look."""
+
+    done: bytes  # the last bytes of every stream
+    beat: bytes  # sent while there is nothing to say
+
+    def encode(self, items: Sequence[T_in]) -> bytes: ...
+
+    def error(self, error: ApiError) -> bytes: ...
+
+
 @dataclass
 class EventStream(Generic[T]):
     """An ASGI response of server-sent events.
 
     Headers wait for the first items, at most `hold_s`, so that early failures keep their status;
-    later failures become an error event. Every `beat_s` without items a comment is sent.
+    later failures become an error event. Every `beat_s` without items a sign of life is sent.
     """
 
-    job: Job[T]
-    encode: Callable[[list[T]], bytes]
+    job: Source[T]
+    encoder: Encoder[T]
     request_id: str
     hold_s: float
     beat_s: float
     headers: dict[str, str] = field(default_factory=dict)
+    was_left: bool = field(default=False, init=False)  # the client did not wait for the end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._send_all(send))
+            self.was_left = await unless_disconnected(receive, self._send_all(send)) is None
         finally:
             self.job.cancel()
 
@@ -77,28 +100,28 @@ class EventStream(Generic[T]):
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
-    async def _send_items(self, send: Send, following: "asyncio.Future[list[T] | None]") -> None:
+    async def _send_items(self, send: Send, following: "Reading[T]") -> None:
         async def send_bytes(data: bytes, is_last: bool = False) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
         try:
             while (items := await self._wait(following, send_bytes)) is not None:
-                await send_bytes(self.encode(items))
+                await send_bytes(self.encoder.encode(items))
                 following = asyncio.ensure_future(self.job.next())
         except ApiError as error:
-            await send_bytes(server_sent(error.body()))
+            await send_bytes(self.encoder.error(error))
         except Exception:
             _log.exception("request %s failed", self.request_id)
-            await send_bytes(server_sent(internal(self.request_id).body()))
+            await send_bytes(self.encoder.error(internal(self.request_id)))
         finally:
             following.cancel()
-        await send_bytes(DONE, is_last=True)
+        await send_bytes(self.encoder.done, is_last=True)
 
     async def _wait(
         self,
-        following: "asyncio.Future[list[T] | None]",
+        following: "Reading[T]",
         send_bytes: Callable[[bytes], Coroutine[Any, Any, None]],
-    ) -> list[T] | None:
+    ) -> Sequence[T] | None:
         while not (await asyncio.wait({following}, timeout=self.beat_s))[0]:
-            await send_bytes(KEEP_ALIVE)
+            await send_bytes(self.encoder.beat)
         return following.result()

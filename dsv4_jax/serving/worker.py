@@ -23,8 +23,14 @@ class _End:
 class Job(Generic[T]):
     """One piece of work: items made on the model thread, taken on the event loop."""
 
-    def __init__(self, work: "Work[T]", stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        work: "Work[T]",
+        stopping: threading.Event,
+        on_cancel: Callable[[], None] = lambda: None,
+    ) -> None:
         self._work = work
+        self._on_cancel = on_cancel
         self._stopping = stopping
         self._cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -49,9 +55,11 @@ class Job(Generic[T]):
 
     def cancel(self) -> None:
         """Makes the work stop at its next look, or never start; does nothing if it has ended."""
-        self._cancelled.set()
-        if self._future is not None:
-            self._future.cancel()
+        if not self._cancelled.is_set():
+            self._cancelled.set()
+            if self._future is not None:
+                self._future.cancel()
+            self._on_cancel()
 
     def submit(self, executor: Executor, then: Callable[[], None]) -> None:
         """Hands the work to `executor`; `then` is called on the loop when it is out of the way."""
@@ -79,7 +87,7 @@ class Job(Generic[T]):
 class ModelThread(Generic[T]):
     """Runs work in the order of arrival, `workers` pieces at a time; `max_waiting` more may wait.
 
-    The event loop stays free meanwhile. Methods belong to the event loop, but for `stop`.
+    The event loop stays free meanwhile. Methods belong to it, but for `drain` and `stop`.
     """
 
     def __init__(self, max_waiting: int, retry_after_s: int = 5, workers: int = 1) -> None:
@@ -88,6 +96,7 @@ class ModelThread(Generic[T]):
         self.retry_after_s = retry_after_s
         self.admitted = 0
         self._stopping = threading.Event()
+        self._is_draining = False
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="model")
 
     def check_room(self) -> None:
@@ -96,22 +105,37 @@ class ModelThread(Generic[T]):
         Raises:
             ApiError: 429, the queue is full; 503, the server is shutting down.
         """
-        if self._stopping.is_set():
+        if self._is_draining or self._stopping.is_set():
             raise not_ready("draining")
         if self.admitted >= self.workers + self.max_waiting:
             raise queue_full(self.retry_after_s)
 
-    def admit(self, work: "Work[T]") -> Job[T]:
+    def admit(self, work: "Work[T]", on_cancel: Callable[[], None] = lambda: None) -> Job[T]:
         """Queues `work`. Cancel the job unless all its items were taken.
+
+        Args:
+            on_cancel: called on the loop when the job is cancelled, whether it has started or not.
 
         Raises:
             ApiError: as `check_room`.
         """
         self.check_room()
+        return self.enqueue(work, on_cancel)
+
+    def enqueue(self, work: "Work[T]", on_cancel: Callable[[], None] = lambda: None) -> Job[T]:
+        """As `admit`, for work that belongs to a request which was admitted: never refused."""
         self.admitted += 1
-        job = Job(work, self._stopping)
+        job = Job(work, self._stopping, on_cancel)
         job.submit(self._executor, then=self._release)
         return job
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def drain(self) -> None:
+        """Refuses further work; what was admitted goes on."""
+        self._is_draining = True
 
     def stop(self) -> None:
         """Makes the current work stop at its next look and refuses further work."""

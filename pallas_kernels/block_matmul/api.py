@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ SCALE_DTYPES = (jnp.float8_e8m0fnu, jnp.float32)
 
 def block_matmul(
     x: jax.Array,
-    codes_NK: jax.Array,
-    scales_nk: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
     *,
+    layer: jax.Array | int | None = None,
+    groups: int = 1,
     round_activations: bool = False,
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
@@ -26,9 +29,12 @@ def block_matmul(
 ) -> jax.Array:
     """`x · Wᵀ` over the last dimension of bfloat16 `x`; float32 accumulation, rounded once.
 
-    `codes_NK` float8_e4m3fn `[out, in]`; `scales_nk` `[⌈out/128⌉, ⌈in/128⌉]`, float8_e8m0fnu or
-    float32. No size has to be a multiple of 128.
+    `codes` float8_e4m3fn `[out, in]`; `scales` `[⌈out/128⌉, ⌈in/128⌉]`, float8_e8m0fnu or float32.
+    No size has to be a multiple of 128.
 
+    layer: both are stacks `[L, …]` of which this entry is meant; it is read where it lies.
+    groups: W is block diagonal: its rows fall into this many equal parts, and part g multiplies
+        the g-th part of `x`, whose last dimension is `groups · in`.
     round_activations: first round `x` to FP8 per token and 128 channels. Fused while all rows fit
         one tile (decode); otherwise one pass over `x` in front of the kernel.
     implementation: None is the kernel on TPU and the reference elsewhere.
@@ -37,21 +43,22 @@ def block_matmul(
     Raises:
         ValueError: shapes or dtypes do not fit; the message says which.
     """
-    _check(x, codes_NK, scales_nk, implementation)
+    if layer is None and codes.ndim == 2 and scales.ndim == 2:
+        codes, scales, layer = codes[None], scales[None], 0
+    _check(x, codes, scales, groups, implementation)
     x_UK = x.reshape(-1, x.shape[-1])
-    rows, in_dim = x_UK.shape
+    layer_1 = jnp.asarray(layer, jnp.int32).reshape(1)
+    scales_nk = lax.dynamic_index_in_dim(scales, layer_1[0], keepdims=False)
 
-    def plain(x_UK, codes_NK, scales_nk):
-        return reference.block_matmul(x_UK, codes_NK, scales_nk, round_activations, out_dtype)
+    def plain(x_UK, codes_LNK, scales_nk, layer_1):
+        codes_NK = lax.dynamic_index_in_dim(codes_LNK, layer_1[0], keepdims=False)
+        return reference.block_matmul(
+            x_UK, codes_NK, scales_nk, round_activations, groups, out_dtype
+        )
 
-    def tiled(x_UK, codes_NK, scales_nk, interpret=False):
-        fused = round_activations
-        if fused and rows > kernel.tile_sizes(rows, codes_NK.shape[0], in_dim)[0]:
-            x_UK, fused = reference.round_activations(x_UK), False
-        return kernel.block_matmul(x_UK, codes_NK, scales_nk, fused, out_dtype, interpret)
-
-    args = (x_UK, codes_NK, scales_nk)
-    if rows == 0 or implementation == "reference":
+    tiled = partial(_tiled, groups=groups, rounds=round_activations, out_dtype=out_dtype)
+    args = (x_UK, codes, scales_nk, layer_1)
+    if x_UK.shape[0] == 0 or implementation == "reference":
         y_UN = plain(*args)
     elif implementation == "interpret":
         y_UN = tiled(*args, interpret=interpret_params)
@@ -59,11 +66,30 @@ def block_matmul(
         y_UN = tiled(*args)
     else:
         y_UN = lax.platform_dependent(*args, tpu=tiled, default=plain)
-    return y_UN.reshape(*x.shape[:-1], codes_NK.shape[0])
+    return y_UN.reshape(*x.shape[:-1], codes.shape[1])
+
+
+def _tiled(
+    x_UK, codes_LNK, scales_nk, layer_1, *, groups: int, rounds: bool, out_dtype, interpret=False
+) -> jax.Array:
+    rows, (_, out_dim, in_dim) = x_UK.shape[0], codes_LNK.shape
+    if rounds and (groups > 1 or rows > kernel.tile_sizes(rows, out_dim, in_dim)[0]):
+        x_UGK = reference.round_activations(x_UK.reshape(rows, groups, in_dim))
+        x_UK, rounds = x_UGK.reshape(x_UK.shape), False
+    run = partial(kernel.block_matmul, out_dtype=out_dtype, interpret=interpret)
+    per_group = out_dim // groups
+    if per_group % reference.BLOCK == 0 and in_dim % reference.BLOCK == 0 or groups == 1:
+        return run(x_UK, codes_LNK, scales_nk, layer_1, rounds, groups)
+    parts = []  # groups inside a weight block: a whole product for each, of which a part is kept
+    for g in range(groups):
+        x_Uk = x_UK[:, g * in_dim : (g + 1) * in_dim]
+        y_UN = run(x_Uk, codes_LNK, scales_nk, layer_1, rounds, 1)
+        parts.append(y_UN[:, g * per_group : (g + 1) * per_group])
+    return jnp.concatenate(parts, axis=1)
 
 
 def _check(
-    x: jax.Array, codes_NK: jax.Array, scales_nk: jax.Array, implementation: str | None
+    x: jax.Array, codes: jax.Array, scales: jax.Array, groups: int, implementation: str | None
 ) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -71,15 +97,21 @@ def _check(
         )
     if x.dtype != jnp.bfloat16:
         raise ValueError(f"x is {x.dtype}, must be bfloat16")
-    if codes_NK.dtype != jnp.float8_e4m3fn or codes_NK.ndim != 2:
+    if codes.dtype != jnp.float8_e4m3fn or codes.ndim != 3:
         raise ValueError(
-            f"codes are {codes_NK.dtype}{list(codes_NK.shape)}, must be float8_e4m3fn [out, in]"
+            f"codes are {codes.dtype}{list(codes.shape)}, must be float8_e4m3fn [out, in], or "
+            "[L, out, in] with a layer"
         )
-    if x.ndim < 1 or x.shape[-1] != codes_NK.shape[1]:
-        raise ValueError(f"x{list(x.shape)} must end in the {codes_NK.shape[1]} inputs of codes")
-    wanted = tuple(-(-n // reference.BLOCK) for n in codes_NK.shape)
-    if scales_nk.shape != wanted or scales_nk.dtype not in SCALE_DTYPES:
+    layers, out_dim, in_dim = codes.shape
+    if groups < 1 or out_dim % groups:
+        raise ValueError(f"groups={groups} must divide the {out_dim} outputs of codes")
+    if x.ndim < 1 or x.shape[-1] != groups * in_dim:
         raise ValueError(
-            f"scales are {scales_nk.dtype}{list(scales_nk.shape)}, must be float8_e8m0fnu or "
-            f"float32 {list(wanted)}: one per 128×128 block of codes{list(codes_NK.shape)}"
+            f"x{list(x.shape)} must end in the {in_dim} inputs of codes, times groups={groups}"
+        )
+    wanted = (layers, -(-out_dim // reference.BLOCK), -(-in_dim // reference.BLOCK))
+    if scales.shape != wanted or scales.dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"scales are {scales.dtype}{list(scales.shape)}, must be float8_e8m0fnu or "
+            f"float32 {list(wanted)}: one per 128×128 block of codes{list(codes.shape)}"
         )

@@ -12,6 +12,9 @@
 With few rows there is one row tile: x stays in VMEM and the weights stream past it. Scales sit in
 SMEM. Power-of-two scales go into the decoded weight (exact); float32 scales multiply the partial
 sums of 128 channels.
+
+Weights are one layer of a stack, read where it lies. With G groups the rows of W fall into G equal
+parts, each with its own lanes of x: a weight tile belongs to one group and picks that part of x.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles
+from pallas_kernels import paging, tiles
 
 MIB = 1 << 20
 MAX_ROW_TILE = 512
@@ -33,8 +36,8 @@ STREAM_TILE_BYTES = 1 * MIB  # of codes, when weights only stream past: more, sm
 CORES = 2  # v5p splits this dimension over its cores; elsewhere it is a loop
 
 
-def tile_sizes(rows: int, out_dim: int, in_dim: int) -> tuple[int, int]:
-    """Rows of x and rows of W (multiple of 128) of one step."""
+def tile_sizes(rows: int, out_dim: int, in_dim: int, groups: int = 1) -> tuple[int, int]:
+    """Rows of x and rows of W (multiple of 128) of one step; the latter divide a group's."""
     row_limit = max(128, min(MAX_ROW_TILE, (2 * MIB // in_dim) // 128 * 128))
     row_tile = min(-(-rows // 16) * 16, row_limit)
     target = STREAM_TILE_BYTES if rows <= row_tile else WEIGHT_TILE_BYTES
@@ -42,12 +45,25 @@ def tile_sizes(rows: int, out_dim: int, in_dim: int) -> tuple[int, int]:
     weight_tile = min(weight_tile, 2048, -(-out_dim // 128) * 128)
     while weight_tile > 128 and vmem_bytes(row_tile, weight_tile, in_dim) > VMEM_BUDGET:
         weight_tile -= 128
+    while groups > 1 and out_dim // groups % weight_tile:
+        weight_tile -= 128
     return row_tile, weight_tile
 
 
 def _body(
-    scales_ref, x_ref, codes_ref, y_ref, w_scr, *scratch, tiles_per_core, lane_blocks, exact, rounds
+    layer_ref,
+    scales_ref,
+    x_ref,
+    codes_ref,
+    y_ref,
+    w_scr,
+    *scratch,
+    tiles_per_core,
+    lane_blocks,
+    exact,
+    rounds,
 ):
+    del layer_ref  # only the block specs need it
     core, step, u = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tile = core * tiles_per_core + step
     blocks_per_tile = codes_ref.shape[0] // tiles.LANES
@@ -78,28 +94,35 @@ def _body(
 
 def block_matmul(
     x_UK: jax.Array,
-    codes_NK: jax.Array,
+    codes_LNK: jax.Array,
     scales_nk: jax.Array,
+    layer_1: jax.Array,
     round_x: bool,
+    groups: int,
     out_dtype,
     interpret=False,
 ) -> jax.Array:
-    """See `api.block_matmul`. `round_x` needs all rows in one tile."""
-    rows, in_dim = x_UK.shape
-    out_dim = codes_NK.shape[0]
+    """See `api.block_matmul`; scales are those of the layer. `round_x` needs all rows in one tile,
+    and one group."""
+    rows = x_UK.shape[0]
+    _, out_dim, in_dim = codes_LNK.shape
     exact = scales_nk.dtype == jnp.float8_e8m0fnu
-    row_tile, weight_tile = tile_sizes(rows, out_dim, in_dim)
+    row_tile, weight_tile = tile_sizes(rows, out_dim, in_dim, groups)
     row_tiles, weight_tiles = pl.cdiv(rows, row_tile), pl.cdiv(out_dim, weight_tile)
-    assert not round_x or row_tiles == 1
+    assert not round_x or (row_tiles == 1 and groups == 1)
     cores = CORES if weight_tiles % CORES == 0 else 1
-    per_core = weight_tiles // cores
+    per_core, per_group = weight_tiles // cores, weight_tiles // groups
     scratch = [pltpu.VMEM((weight_tile, in_dim), jnp.bfloat16)]
     if not exact:
         scratch.append(pltpu.VMEM((row_tile, weight_tile), jnp.float32))
     if round_x:
         scratch.append(pltpu.VMEM((row_tile, in_dim), jnp.bfloat16))
     out_bytes = jnp.dtype(out_dtype).itemsize
-    x_reads = 1 if row_tiles == 1 else weight_tiles
+    x_reads = 1 if row_tiles == 1 else per_group
+
+    def x_block(c, n, u, at):
+        return u, 0 if groups == 1 else (c * per_core + n) // per_group
+
     return pl.pallas_call(
         functools.partial(
             _body,
@@ -109,14 +132,21 @@ def block_matmul(
             rounds=round_x,
         ),
         out_shape=jax.ShapeDtypeStruct((rows, out_dim), out_dtype),
-        grid=(cores, per_core, row_tiles),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((row_tile, in_dim), lambda c, n, u: (u, 0)),
-            pl.BlockSpec((weight_tile, in_dim), lambda c, n, u: (c * per_core + n, 0)),
-        ],
-        out_specs=pl.BlockSpec((row_tile, weight_tile), lambda c, n, u: (u, c * per_core + n)),
-        scratch_shapes=scratch,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cores, per_core, row_tiles),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                pl.BlockSpec((row_tile, in_dim), x_block),
+                pl.BlockSpec(
+                    (None, weight_tile, in_dim), lambda c, n, u, at: (at[0], c * per_core + n, 0)
+                ),
+            ],
+            out_specs=pl.BlockSpec(
+                (row_tile, weight_tile), lambda c, n, u, at: (u, c * per_core + n)
+            ),
+            scratch_shapes=scratch,
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(row_tile, weight_tile, in_dim),
@@ -126,12 +156,17 @@ def block_matmul(
             transcendentals=0,
             bytes_accessed=out_dim * in_dim
             + 4 * scales_nk.size
-            + 2 * rows * in_dim * x_reads
+            + 2 * rows * in_dim * groups * x_reads
             + out_bytes * rows * out_dim,
         ),
         interpret=interpret,
         name="block_matmul",
-    )(scales_nk.astype(jnp.float32).reshape(-1), x_UK, codes_NK)
+    )(
+        layer_1,
+        scales_nk.astype(jnp.float32).reshape(-1),
+        x_UK,
+        *paging.in_hbm((codes_LNK,), interpret),
+    )
 
 
 def vmem_bytes(row_tile: int, weight_tile: int, in_dim: int) -> int:

@@ -26,7 +26,7 @@ def round_activations(x: jax.Array) -> jax.Array:
     blocks = wide.reshape(*x.shape[:-1], wide.shape[-1] // BLOCK, BLOCK)
     amax = jnp.maximum(jnp.abs(blocks).max(-1, keepdims=True), FP8_MIN_AMAX)
     fraction, exponent = jnp.frexp(amax * np.float32(1 / FP8_MAX))
-    scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
+    scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5).astype(jnp.int32))
     codes = jnp.clip(blocks / scale, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
     values = (codes.astype(jnp.float32) * scale).reshape(wide.shape)
     return values[..., : x.shape[-1]].astype(x.dtype)
@@ -40,13 +40,21 @@ def dequantize_fp8(codes: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def block_matmul(
-    x_UK: jax.Array, codes_NK: jax.Array, scales_nk: jax.Array, round_x: bool, out_dtype
+    x_UK: jax.Array,
+    codes_NK: jax.Array,
+    scales_nk: jax.Array,
+    round_x: bool,
+    groups: int,
+    out_dtype,
 ) -> jax.Array:
-    """`x · Wᵀ` in float32, rounded once."""
-    x_UK = round_activations(x_UK) if round_x else x_UK
-    return lax.dot_general(
-        x_UK.astype(jnp.float32),
-        dequantize_fp8(codes_NK, scales_nk),
-        (((1,), (1,)), ((), ())),
+    """`x · Wᵀ` in float32, rounded once; W is block diagonal with `groups` blocks."""
+    x_UGK = x_UK.reshape(len(x_UK), groups, codes_NK.shape[1])
+    x_UGK = round_activations(x_UGK) if round_x else x_UGK
+    w_NK = dequantize_fp8(codes_NK, scales_nk)
+    y_GUO = lax.dot_general(
+        x_UGK.astype(jnp.float32),
+        w_NK.reshape(groups, len(w_NK) // groups, -1),
+        (((2,), (2,)), ((1,), (0,))),
         precision=lax.Precision.HIGHEST,
-    ).astype(out_dtype)
+    )
+    return jnp.moveaxis(y_GUO, 0, 1).reshape(len(x_UK), len(w_NK)).astype(out_dtype)

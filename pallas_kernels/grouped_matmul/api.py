@@ -3,6 +3,7 @@
 A weight is anything with `codes` and `scales`, stacked over experts:
 fp4: codes uint8 `[E, out, in/2]`, low nibble = even input; scales float8_e8m0fnu `[E, out, in/32]`.
 fp8: codes float8_e4m3fn `[E, out, in]`; scales float8_e8m0fnu or float32 per 128×128 block.
+With `layer`, all arrays are stacks `[L, E, …]` of which this entry is read where it lies.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def grouped_matmul(
     owner_Y: jax.Array,
     weight: Any,
     *,
+    layer: jax.Array | int | None = None,
     round_activations: bool = False,
     implementation: str | None = None,
     interpret_params: Any = True,
@@ -43,7 +45,7 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes do not fit; the message says which.
     """
-    weight = _checked_weight("weight", weight)
+    layer_1, (weight,) = _stacks(layer, weight=weight)
     _check_implementation(implementation)
     _check_rows("x", x_YK, weight)
     if owner_Y.shape != x_YK.shape[:1] or owner_Y.dtype != jnp.int32:
@@ -51,17 +53,18 @@ def grouped_matmul(
             f"owner is {owner_Y.dtype}{list(owner_Y.shape)}, must be int32 [{x_YK.shape[0]}]"
         )
 
-    def plain(x_YK, owner_Y, weight):
+    def plain(x_YK, owner_Y, layer_1, weight):
+        (weight,) = _layer_of(layer_1, weight)
         return reference.grouped_matmul(x_YK, owner_Y, weight, round_activations)
 
-    def tiled(x_YK, owner_Y, weight, interpret=False):
-        experts = weight.codes.shape[0]
+    def tiled(x_YK, owner_Y, layer_1, weight, interpret=False):
+        experts = weight.codes.shape[1]
         plan = plan_rows(owner_Y, experts, row_tile(x_YK.shape[0], experts))
         x_PYK = kernel.prepare(x_YK, round_activations, kernel.describe(weight).is_fp4, interpret)
-        y_ZN = kernel.product(_take(x_PYK, plan.source_Z), weight, plan, interpret)
+        y_ZN = kernel.product(_take(x_PYK, plan.source_Z), weight, plan, layer_1, interpret)
         return y_ZN.at[plan.slot_Y].get(mode="fill", fill_value=0)
 
-    args = (x_YK, owner_Y, weight)
+    args = (x_YK, owner_Y, layer_1, weight)
     return _choose(plain, tiled, args, x_YK.shape[0], implementation, interpret_params)
 
 
@@ -73,6 +76,7 @@ def routed_experts(
     w3: Any,
     w2: Any,
     *,
+    layer: jax.Array | int | None = None,
     limit: float = 0.0,
     round_activations: bool = False,
     implementation: str | None = None,
@@ -89,20 +93,21 @@ def routed_experts(
     Raises:
         ValueError: shapes or dtypes do not fit; the message says which.
     """
-    w1, w3, w2 = (_checked_weight(n, w) for n, w in (("w1", w1), ("w3", w3), ("w2", w2)))
+    layer_1, (w1, w3, w2) = _stacks(layer, w1=w1, w3=w3, w2=w2)
     _check_implementation(implementation)
     _check_rows("x", x_UD, w1)
     _check_experts(x_UD, experts_UA, weights_UA, w1, w3, w2)
     tokens, per_token = experts_UA.shape
 
-    def plain(x_UD, experts_UA, weights_UA, w1, w3, w2):
+    def plain(x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2):
+        w1, w3, w2 = _layer_of(layer_1, w1, w3, w2)
         rows = jnp.repeat(x_UD, per_token, axis=0)
         scale_Y, owner_Y = weights_UA.reshape(-1), experts_UA.reshape(-1)
         y_YD = reference.expert_rows(rows, owner_Y, scale_Y, w1, w3, w2, limit, round_activations)
         return _sum_experts(y_YD, jnp.arange(tokens * per_token).reshape(tokens, per_token))
 
-    def tiled(x_UD, experts_UA, weights_UA, w1, w3, w2, interpret=False):
-        experts = w1.codes.shape[0]
+    def tiled(x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2, interpret=False):
+        experts = w1.codes.shape[1]
         plan = plan_rows(experts_UA.reshape(-1), experts, row_tile(experts_UA.size, experts))
         x_PUD = kernel.prepare(x_UD, round_activations, kernel.describe(w1).is_fp4, interpret)
         hidden_PZF = kernel.swiglu(
@@ -111,16 +116,17 @@ def routed_experts(
             w1,
             w3,
             plan,
+            layer_1,
             limit,
             round_activations,
             kernel.describe(w2).is_fp4,
             interpret,
         )
-        y_ZD = kernel.product(hidden_PZF, w2, plan, interpret)
+        y_ZD = kernel.product(hidden_PZF, w2, plan, layer_1, interpret)
         slot_UA = plan.slot_Y.reshape(tokens, per_token)
         return _sum_experts(y_ZD, slot_UA)
 
-    args = (x_UD, experts_UA, weights_UA, w1, w3, w2)
+    args = (x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2)
     return _choose(plain, tiled, args, experts_UA.size, implementation, interpret_params)
 
 
@@ -160,26 +166,41 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
-def _checked_weight(name: str, weight: Any) -> PackedWeight:
-    codes, scales = weight.codes, weight.scales
+def _stacks(layer: jax.Array | int | None, **weights: Any) -> tuple[jax.Array, list[PackedWeight]]:
+    """The layer as `[1]`, and the weights as stacks of layers."""
+    checked = []
+    for name, weight in weights.items():
+        codes, scales = weight.codes, weight.scales
+        lead = 0 if layer is None else 1
+        _check_weight(name, codes, scales, lead)
+        checked.append(
+            PackedWeight(codes, scales) if lead else PackedWeight(codes[None], scales[None])
+        )
+    return jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1), checked
+
+
+def _layer_of(layer_1: jax.Array, *weights: PackedWeight) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer_1[0], keepdims=False), weights)
+
+
+def _check_weight(name: str, codes: jax.Array, scales: jax.Array, lead: int) -> None:
     shapes = f"{name}: codes {codes.dtype}{list(codes.shape)}, scales {scales.dtype}"
     shapes += str(list(scales.shape))
-    if codes.ndim != 3:
-        raise ValueError(f"{shapes}: codes must be [experts, out, in or in/2]")
-    experts, out_dim, stored = codes.shape
+    if codes.ndim != lead + 3:
+        raise ValueError(f"{shapes}: codes must be {'[L, ' * lead or '['}experts, out, in or in/2]")
+    *stack, out_dim, stored = codes.shape
     if codes.dtype == jnp.uint8:
-        wanted, dtypes = (experts, out_dim, stored // 16), (jnp.float8_e8m0fnu,)
+        wanted, dtypes = (*stack, out_dim, stored // 16), (jnp.float8_e8m0fnu,)
         if stored % 16:
             raise ValueError(f"{shapes}: FP4 inputs must come in blocks of 32 (16 bytes)")
     elif codes.dtype == jnp.float8_e4m3fn:
-        wanted = (experts, -(-out_dim // 128), -(-stored // 128))
+        wanted = (*stack, -(-out_dim // 128), -(-stored // 128))
         dtypes = (jnp.float8_e8m0fnu, jnp.float32)
     else:
         raise ValueError(f"{shapes}: codes must be uint8 (FP4) or float8_e4m3fn")
     if scales.shape != wanted or scales.dtype not in dtypes:
         names = " or ".join(jnp.dtype(d).name for d in dtypes)
         raise ValueError(f"{shapes}: scales must be {names} {list(wanted)}")
-    return PackedWeight(codes, scales)
 
 
 def _check_rows(name: str, x: jax.Array, weight: PackedWeight) -> None:

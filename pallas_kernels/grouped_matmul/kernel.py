@@ -11,10 +11,11 @@
      │         │ t=2  expert 17  ──────►   y tile (t, n) = x tile · scratchᵀ, float32 inside
      └─────────┘
 
-Each active expert's weights cross HBM once, experts without rows never. FP4 bytes hold an even and
-an odd input; instead of interleaving weights, activations come as two halves `[2, rows, in/2]`:
-even inputs, odd inputs. `swiglu` multiplies w1 and w3 in one pass and writes its result rounded and
-already in the halves that w2 wants.
+Weights are one layer of a stack `[L, E, …]`, read where they lie. Each active expert's weights
+cross HBM once, experts without rows never. FP4 bytes hold an even and an odd input; instead of
+interleaving weights, activations come as two halves `[2, rows, in/2]`: even inputs, odd inputs.
+`swiglu` multiplies w1 and w3 in one pass and writes its result rounded and already in the halves
+that w2 wants.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles
+from pallas_kernels import paging, tiles
 from pallas_kernels.grouped_matmul.plan import MAX_TILE, RowPlan
 
 MIB = 1 << 20
@@ -39,7 +40,7 @@ PAIR = 2 * tiles.LANES  # lanes whose even and odd halves fill whole registers
 
 
 class Format(NamedTuple):
-    """Static facts of one packed weight `[E, out, in]`."""
+    """Static facts of one layer `[E, out, in]` of a packed weight."""
 
     is_fp4: bool
     exact: bool  # power-of-two scales
@@ -80,7 +81,7 @@ class Format(NamedTuple):
 def describe(weight: Any, row_tile: int = 0) -> Format:
     """Facts of `weight` when row tiles have `row_tile` rows."""
     is_fp4 = weight.codes.dtype == jnp.uint8
-    experts, out_dim, stored = weight.codes.shape
+    experts, out_dim, stored = weight.codes.shape[-3:]
     in_dim = stored * (2 if is_fp4 else 1)
     exact = weight.scales.dtype == jnp.float8_e8m0fnu
     return Format(is_fp4, exact, experts, out_dim, in_dim, weight_tile(out_dim, in_dim, row_tile))
@@ -132,7 +133,11 @@ def _is_new_expert(expert_ref) -> jax.Array:
     return (t == 0) | (expert_ref[t] != expert_ref[jnp.maximum(t - 1, 0)])
 
 
-def _product_body(expert_ref, x_ref, codes_ref, scales_ref, y_ref, w_scr, acc_scr, *, fmt):
+def _product_body(
+    expert_ref, layer_ref, x_ref, codes_ref, scales_ref, y_ref, w_scr, acc_scr, *, fmt
+):
+    del layer_ref  # only the block specs need it
+
     @pl.when(_is_new_expert(expert_ref))
     def _():
         _decode(fmt, codes_ref, scales_ref, w_scr)
@@ -142,6 +147,7 @@ def _product_body(expert_ref, x_ref, codes_ref, scales_ref, y_ref, w_scr, acc_sc
 
 def _swiglu_body(
     expert_ref,
+    layer_ref,
     x_ref,
     weight_ref,
     codes1_ref,
@@ -159,6 +165,8 @@ def _swiglu_body(
     limit,
     rounds,
 ):
+    del layer_ref  # only the block specs need it
+
     @pl.when(_is_new_expert(expert_ref))
     def _():
         _decode(fmt1, codes1_ref, scales1_ref, w1_scr)
@@ -226,33 +234,33 @@ def prepare(x_UK: jax.Array, rounds: bool, halves: bool, interpret=False) -> jax
     )(x_UK)
 
 
-def _weight_operands(fmt: Format, weight: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    def index(n, t, expert_ref):
-        return expert_ref[t], n, 0
+def _weight_operands(
+    fmt: Format, weight: Any, layer_1: jax.Array
+) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    def index(n, t, expert_ref, layer_ref):
+        return layer_ref[0], expert_ref[t], n, 0
 
-    codes = pl.BlockSpec((1, fmt.out_tile, weight.codes.shape[2]), index)
+    codes = pl.BlockSpec((None, 1, fmt.out_tile, weight.codes.shape[3]), index)
     if fmt.is_fp4:
-        count = weight.scales.shape[2]
+        count = weight.scales.shape[3]
         if not fmt.scales_across:
             return [weight.codes, weight.scales], [
                 codes,
-                pl.BlockSpec((1, fmt.out_tile, count), index),
+                pl.BlockSpec((None, 1, fmt.out_tile, count), index),
             ]
         across = pl.BlockSpec(
-            (1, count, fmt.out_tile), lambda n, t, expert_ref: (expert_ref[t], 0, n)
+            (None, 1, count, fmt.out_tile), lambda n, t, e, at: (at[0], e[t], 0, n)
         )
-        return [weight.codes, jnp.swapaxes(weight.scales, 1, 2)], [codes, across]
+        return [weight.codes, jnp.swapaxes(weight.scales, 2, 3)], [codes, across]
     # scalars of one (expert, weight tile) side by side
-    rows = fmt.out_tiles * fmt.out_tile // tiles.LANES
-    short = rows - weight.scales.shape[1]
-    scales = jnp.pad(weight.scales.astype(jnp.float32), ((0, 0), (0, short), (0, 0)))
+    scales = lax.dynamic_index_in_dim(weight.scales, layer_1[0], keepdims=False)
+    short = fmt.out_tiles * fmt.out_tile // tiles.LANES - scales.shape[1]
+    scales = jnp.pad(scales.astype(jnp.float32), ((0, 0), (0, short), (0, 0)))
     scales = scales.reshape(fmt.experts, fmt.out_tiles, 1, -1)
     block = (1, 1, 1, scales.shape[-1])
     return [weight.codes, scales], [
         codes,
-        pl.BlockSpec(
-            block, lambda n, t, expert_ref: (expert_ref[t], n, 0, 0), memory_space=pltpu.SMEM
-        ),
+        pl.BlockSpec(block, lambda n, t, e, at: (e[t], n, 0, 0), memory_space=pltpu.SMEM),
     ]
 
 
@@ -264,19 +272,22 @@ def _scratch(fmt: Format, tile: int) -> list:
     ]
 
 
-def _call(body, plan: RowPlan, x_PZK, extra, weights, out_shape, out_block, name, interpret):
+def _call(
+    body, plan: RowPlan, layer_1, x_PZK, extra, weights, out_shape, out_block, name, interpret
+):
     """One pass over (weight tile, row tile); `extra` are (array, block spec) between x and W."""
     tile = plan.tile
     formats = [describe(weight, tile) for weight in weights]
     fmt = formats[0]
     parts, slots, half = x_PZK.shape
-    operands, specs = [x_PZK], [pl.BlockSpec((parts, tile, half), lambda n, t, e: (0, t, 0))]
+    operands, specs = [x_PZK], [pl.BlockSpec((parts, tile, half), lambda n, t, *_: (0, t, 0))]
     for array, spec in extra:
         operands.append(array)
         specs.append(spec)
     for each, weight in zip(formats, weights, strict=True):
-        arrays, blocks = _weight_operands(each, weight)
-        operands += arrays
+        (codes, scales), blocks = _weight_operands(each, weight, layer_1)
+        operands += paging.in_hbm((codes, scales) if each.is_fp4 else (codes,), interpret)
+        operands += [] if each.is_fp4 else [scales]
         specs += blocks
     active = min(fmt.experts, slots // tile)
     out_bytes = 2 * slots * fmt.out_tiles * fmt.out_tile
@@ -284,7 +295,7 @@ def _call(body, plan: RowPlan, x_PZK, extra, weights, out_shape, out_block, name
         body,
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(fmt.out_tiles, plan.num_tiles),
             in_specs=specs,
             out_specs=out_block,
@@ -304,20 +315,23 @@ def _call(body, plan: RowPlan, x_PZK, extra, weights, out_shape, out_block, name
         ),
         interpret=interpret,
         name=name,
-    )(plan.expert_T, *operands)
+    )(plan.expert_T, layer_1, *operands)
 
 
-def product(x_PZK: jax.Array, weight: Any, plan: RowPlan, interpret=False) -> jax.Array:
+def product(
+    x_PZK: jax.Array, weight: Any, plan: RowPlan, layer_1: jax.Array, interpret=False
+) -> jax.Array:
     """`x · W[expert]ᵀ` of every slot in use, bfloat16 `[Z, out]`; other slots are undefined."""
     fmt = describe(weight, plan.tile)
     return _call(
         functools.partial(_product_body, fmt=fmt),
         plan,
+        layer_1,
         x_PZK,
         [],
         [weight],
         jax.ShapeDtypeStruct((x_PZK.shape[1], fmt.out_dim), jnp.bfloat16),
-        pl.BlockSpec((plan.tile, fmt.out_tile), lambda n, t, e: (t, n)),
+        pl.BlockSpec((plan.tile, fmt.out_tile), lambda n, t, *_: (t, n)),
         "grouped_matmul",
         interpret,
     )
@@ -329,6 +343,7 @@ def swiglu(
     w1: Any,
     w3: Any,
     plan: RowPlan,
+    layer_1: jax.Array,
     limit: float,
     rounds: bool,
     halves: bool,
@@ -346,11 +361,12 @@ def swiglu(
     hidden = _call(
         functools.partial(_swiglu_body, fmt1=fmt1, fmt3=fmt3, limit=limit, rounds=rounds),
         plan,
+        layer_1,
         x_PZK,
-        [(scale_Z.reshape(-1, 1, tile), pl.BlockSpec((1, 1, tile), lambda n, t, e: (t, 0, 0)))],
+        [(scale_Z.reshape(-1, 1, tile), pl.BlockSpec((1, 1, tile), lambda n, t, *_: (t, 0, 0)))],
         [w1, w3],
         padded,
-        pl.BlockSpec((parts, tile, width), lambda n, t, e: (0, t, n)),
+        pl.BlockSpec((parts, tile, width), lambda n, t, *_: (0, t, n)),
         "grouped_swiglu",
         interpret,
     )

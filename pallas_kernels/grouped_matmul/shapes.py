@@ -94,6 +94,7 @@ def build(name: str) -> tuple[Callable, list]:
     case = (FULL | SMALL)[name]
     parts, slots = 2 if case.fmt == "fp4" else 1, case.num_tiles * case.tile
     up, down = (case.expert_dim, case.dim), (case.dim, case.expert_dim)
+    first = jnp.zeros(1, jnp.int32)  # layer of the stack
     plan_args = [((case.num_tiles,), jnp.int32), ((), jnp.int32)]
 
     def plan(expert_T: jax.Array, num_tiles: jax.Array) -> RowPlan:
@@ -101,11 +102,13 @@ def build(name: str) -> tuple[Callable, list]:
         return RowPlan(unused, unused, expert_T, num_tiles)
 
     def swiglu(expert_T, num_tiles, x, scale, c1, s1, c3, s3):
-        w1, w3 = PackedWeight(c1, s1), PackedWeight(c3, s3)
-        return kernel.swiglu(x, scale, w1, w3, plan(expert_T, num_tiles), 10.0, True, parts == 2)
+        w1, w3 = PackedWeight(c1[None], s1[None]), PackedWeight(c3[None], s3[None])
+        rows = plan(expert_T, num_tiles)
+        return kernel.swiglu(x, scale, w1, w3, rows, first, 10.0, True, parts == 2)
 
     def product(expert_T, num_tiles, x, codes, scales):
-        return kernel.product(x, PackedWeight(codes, scales), plan(expert_T, num_tiles))
+        weight = PackedWeight(codes[None], scales[None])
+        return kernel.product(x, weight, plan(expert_T, num_tiles), first)
 
     def everything(x, experts, weights, c1, s1, c3, s3, c2, s2):
         packed = PackedWeight(c1, s1), PackedWeight(c3, s3), PackedWeight(c2, s2)

@@ -16,7 +16,7 @@ __all__ = ["FP4Keys", "Rows", "mask_words", "select_mask", "select_rows", "words
 
 Implementation = Literal["reference", "pallas", "interpret"]
 MAX_QUERIES = 1 << 17  # their visible counts live in SMEM
-LANES = 128
+LANES, HEADS = 128, 8  # units of the vector registers
 
 
 class FP4Keys(NamedTuple):
@@ -158,16 +158,18 @@ def plan(
         NotImplementedError: the kernel does not cover these sizes.
     """
     batch, fresh, heads, channels = q_BTIJ.shape
+    heads += -heads % HEADS
     packed = isinstance(keys, FP4Keys)
     capacity = (keys.codes if isinstance(keys, FP4Keys) else keys).shape[2]
-    page, tile = 0, kernel.pick_tile(capacity, rows_form)
+    is_single = rows_form or (fresh == 1 and _single_fits(capacity, table_BP))
+    page, tile = 0, kernel.pick_tile(capacity, is_single)
     if table_BP is not None:
-        page, tile = capacity, kernel.pick_tile(0, rows_form)
+        page, tile = capacity, kernel.pick_tile(0, is_single)
         capacity = -(-page * table_BP.shape[1] // tile) * tile
         if not paging.fits(page, tile) or page % (LANES if packed else 16):
             raise NotImplementedError(f"pages of {page} entries do not nest with tiles of {tile}")
-    if heads % 8 or channels % LANES:
-        raise NotImplementedError(f"heads={heads} in 8s and channels={channels} in 128s only")
+    if channels % LANES:
+        raise NotImplementedError(f"channels={channels} in 128s only")
     if packed and channels & (channels - 1):
         raise NotImplementedError(f"FP4 keys of {channels} channels: no power of two")
     if not packed and (q_BTIJ.dtype == jnp.float32) != (keys.dtype == jnp.float32):
@@ -178,10 +180,36 @@ def plan(
         raise NotImplementedError(f"capacity={capacity} is not in whole tiles")
     if batch * fresh > MAX_QUERIES:
         raise NotImplementedError(f"{batch * fresh} queries in one call, limit {MAX_QUERIES}")
-    queries = 1 if rows_form else kernel.pick_queries(fresh, capacity)
+    queries = 1 if is_single else kernel.pick_queries(fresh, capacity)
     return kernel.Plan(
-        packed, rounded, keep, tile, capacity // tile, queries, heads, channels, capacity, page
+        packed,
+        rounded,
+        keep,
+        tile,
+        capacity // tile,
+        queries,
+        heads,
+        channels,
+        capacity,
+        page,
+        rows_form,
     )
+
+
+def _single_fits(capacity: int, table_BP: Array | None) -> bool:
+    """Whether the keys of a sequence, or its pages, nest with the tile of a single query."""
+    if table_BP is not None:
+        return paging.fits(capacity, kernel.pick_tile(0, True))
+    return kernel.pick_tile(capacity, True) > 0
+
+
+def _whole_heads(q_BTIJ: Array, w_BTI: Array) -> tuple[Array, Array]:
+    """Heads filled up to whole registers; those added have weight 0."""
+    more = (0, -q_BTIJ.shape[2] % HEADS)
+    if not more[1]:
+        return q_BTIJ, w_BTI
+    same = (0, 0)
+    return jnp.pad(q_BTIJ, (same, same, more, same)), jnp.pad(w_BTI, (same, same, more))
 
 
 def _stores(keys: Keys) -> tuple[Array, ...]:
@@ -200,6 +228,7 @@ def _rows(
         mask = _reference_mask(q_BTIJ, w_BTI, keys, visible_BT, layer, table_BP, keep, rounded)
         return Rows(reference.mask_rows(mask, keep), count_BT)
     sizes = plan(q_BTIJ, keys, table_BP, keep, rounded, True)
+    q_BTIJ, w_BTI = _whole_heads(q_BTIJ, w_BTI)
     q = q_BTIJ.reshape(batch * fresh, 1, *q_BTIJ.shape[2:])
     w = w_BTI.reshape(batch * fresh, 1, -1)
     rows = kernel.index_topk(
@@ -222,6 +251,7 @@ def _mask(
         mask = _reference_mask(q_BTIJ, w_BTI, keys, visible_BT, layer, table_BP, keep, rounded)
         return mask_words(mask)
     sizes = plan(q_BTIJ, keys, table_BP, keep, rounded, False)
+    q_BTIJ, w_BTI = _whole_heads(q_BTIJ, w_BTI)
     seen = jnp.pad(visible_BT, ((0, 0), (0, -visible_BT.shape[1] % sizes.queries)))
     return kernel.index_topk(
         sizes,

@@ -11,9 +11,12 @@ Grid: (sequence, block of Q queries). One step, for the n tiles that some query 
     bisection on the index   X: the first index such that ties below it fill up k
     chosen = order > T, or order == T and index < X
 
-    mask form:  Q = 8, 16 or 32, order[t] is [Q, tile]; 32 groups of 128 lanes make one word
-    rows form:  Q = 1, order[t] is [8, 128] (1024 entries); ranks and one-hot matmuls on the MXU
-                turn the mask into ascending row numbers
+    Q = 8, 16, 32:  order[t] is [Q, tile]
+    Q = 1:          order[t] is [8, 128], 1024 entries: one query fills whole registers
+
+    mask form:  32 groups of 128 lanes make one word
+    rows form:  Q = 1 only; ranks and one-hot matmuls on the MXU turn the mask into ascending
+                row numbers
 
 Entries from `visible` on hold the smallest int32, so no pass needs a second comparison. Sums over
 heads follow one fixed tree, so a query scores the same in either form and in any block.
@@ -54,14 +57,16 @@ class Plan(NamedTuple):
     channels: int
     capacity: int  # entries of a sequence, in whole tiles
     page: int = 0  # entries of a page; 0: not paged
+    rows_form: bool = True  # else mask words
 
     @property
-    def rows_form(self) -> bool:
+    def is_single(self) -> bool:
+        """Whether one query fills the registers of a tile."""
         return self.queries == 1
 
     @property
     def tile_shape(self) -> tuple[int, int]:
-        return (self.tile // LANES, LANES) if self.rows_form else (self.queries, self.tile)
+        return (self.tile // LANES, LANES) if self.is_single else (self.queries, self.tile)
 
     @property
     def group(self) -> int:
@@ -80,12 +85,12 @@ class Plan(NamedTuple):
     @property
     def depth(self) -> int:
         """Tiles of keys in VMEM: one at work, the others on their way. A power of two."""
-        return 8 if self.rows_form else 4
+        return 8 if self.is_single else 4
 
 
-def pick_tile(capacity: int, rows_form: bool) -> int:
-    """Entries per step: the rows form needs whole (8, 128) registers."""
-    sizes = (1024,) if rows_form else (512, 256, 128)
+def pick_tile(capacity: int, is_single: bool) -> int:
+    """Entries per step: a single query needs whole (8, 128) registers."""
+    sizes = (1024,) if is_single else (512, 256, 128)
     return next((size for size in sizes if capacity % size == 0), 0)
 
 
@@ -322,7 +327,7 @@ class Block:
         else:
             keys = self.buffers[0][slot]
             keys = keys if keys.dtype == f32 else lax.bitcast_convert_type(keys, jnp.bfloat16)
-        if plan.rows_form:
+        if plan.is_single:
             dots = _dot(self.q_scratch[...], keys, not plan.packed)
             self.put(tile, 0, self.one_score(dots, 0))
         else:
@@ -347,7 +352,7 @@ class Block:
         plan = self.plan
         weights = jnp.concatenate([self.w_scratch[query]] * (plan.tile // LANES), axis=1)
         total = head_sum(dots, weights, plan.rounded)
-        if not plan.rows_form:
+        if not plan.is_single:
             return total
         sublane = lax.broadcasted_iota(i32, (8, LANES), 0)
         out = total[:, :LANES]
@@ -359,7 +364,7 @@ class Block:
         """Scores of queries first … first + 7 (or of the only one) into the order array."""
         plan = self.plan
         index = self.index(tile, scores.shape)
-        seen = self.seen if plan.rows_form else self.seen[first : first + 8]
+        seen = self.seen if plan.is_single else self.seen[first : first + 8]
         shown = index < seen
         order = score_order(scores, plan.rounded)
         hidden = jnp.where(shown, order, HIDDEN)
@@ -374,14 +379,14 @@ class Block:
     def index(self, tile: Array, shape: tuple[int, ...]) -> Array:
         """Index of every entry of `shape`, the first one that of `tile`."""
         index = tile * self.plan.tile + lax.broadcasted_iota(i32, shape, 1)
-        if self.plan.rows_form:
+        if self.plan.is_single:
             index = index + LANES * lax.broadcasted_iota(i32, shape, 0)
         return index
 
     def per_query(self, op: Callable[..., Array], x: Array) -> Array:
-        """`[Q, 1]` in the mask form, `[1, 1]` in the rows form."""
+        """`[Q, 1]`, of a single query `[1, 1]`."""
         out = op(x, axis=1, keepdims=True)
-        return op(out, axis=0, keepdims=True) if self.plan.rows_form else out
+        return op(out, axis=0, keepdims=True) if self.plan.is_single else out
 
     def count(self, bound: Array, end: Array | None) -> Array:
         """Entries ≥ bound, or equal to it with an index below `end`, of every query."""
@@ -415,21 +420,39 @@ class Block:
         """32 lane groups of 128 entries become the bits of one row of words."""
         plan = self.plan
         self.out_ref[...] = jnp.zeros(self.out_ref.shape, i32)
-        shape = (plan.queries, LANES)
+        words_of = self.single_words if plan.is_single else self.words
 
         def body(group: Array, _: int) -> int:
-            words = jnp.zeros(shape, i32)
-            for bit in range(32):
-                tile = group * plan.group + bit * LANES // plan.tile
-                begin = bit * LANES % plan.tile
-                order = self.order_ref[tile, :, begin : begin + LANES]
-                hit = chosen.mask(order, self.index(tile, shape) + begin)
-                words = words | (jnp.where(hit, 1, 0) << bit)
+            words = words_of(chosen, group)
             first = pl.multiple_of(group * LANES, LANES)
             self.out_ref[0, :, pl.ds(first, LANES)] = words
             return 0
 
         lax.fori_loop(0, self.groups, body, 0)
+
+    def words(self, chosen: Chosen, group: Array) -> Array:
+        plan, shape = self.plan, (self.plan.queries, LANES)
+        words = jnp.zeros(shape, i32)
+        for bit in range(32):
+            tile = group * plan.group + bit * LANES // plan.tile
+            begin = bit * LANES % plan.tile
+            order = self.order_ref[tile, :, begin : begin + LANES]
+            hit = chosen.mask(order, self.index(tile, shape) + begin)
+            words = words | (jnp.where(hit, 1, 0) << bit)
+        return words
+
+    def single_words(self, chosen: Chosen, group: Array) -> Array:
+        """Sublane n of tile t holds bit 8·t + n; bits of different sublanes add up."""
+        plan, shape = self.plan, self.plan.tile_shape
+        sublane = lax.broadcasted_iota(i32, shape, 0)
+        total = jnp.zeros(shape, i32)
+        for n in range(plan.group):
+            tile = group * plan.group + n
+            hit = chosen.mask(self.order_ref[tile], self.index(tile, shape))
+            total = total | (jnp.where(hit, 1, 0) << (sublane + shape[0] * n))
+        for shift in (4, 2, 1):
+            total = total | pltpu.roll(total, shift, 0)
+        return total[:1]
 
     def write_rows(self, chosen: Chosen) -> None:
         """Row numbers of the chosen entries in ascending order.

@@ -45,6 +45,12 @@ def _prefill(keep: int) -> dict[str, Case]:
 CASES = {
     **{f"flash_{name}": case for name, case in (_decode(512) | _prefill(512)).items()},
     **{f"pro_{name}": case for name, case in (_decode(1024) | _prefill(1024)).items()},
+    **{
+        f"{model}_decode_b{batch}_{name}_mask": Case(batch, 1, capacity, keep, "mask")
+        for model, keep in (("flash", 512), ("pro", 1024))
+        for batch in (1, 8, 64)
+        for name, capacity in (("8k", 2048), ("128k", 32768), ("1m", 262144))
+    },
     "flash_decode_b8_128k_plain": Case(8, 1, 32768, 512, packed=False, rounded=False),
     "flash_prefill_t2048_128k_plain": Case(1, 2048, 32768, 512, "mask", False, False),
     "flash_verify_b8_t4_128k": Case(8, 4, 32768, 512),
@@ -62,6 +68,9 @@ SMALL = {
     "mask": Case(1, 21, 1024, 24, "mask", heads=8, rounded=False),
     "mask_rounded_plain": Case(2, 9, 384, 7, "mask", False, heads=16),
     "mask_two_spans": Case(1, 8, 4608, 600, "mask", heads=8),
+    "mask_single": Case(14, 1, 5120, 130, "mask", heads=8, rounded=False),
+    "mask_single_paged": Case(5, 1, 2048, 24, "mask", heads=8, page=256),
+    "mask_five_heads": Case(2, 9, 384, 7, "mask", False, heads=5),
 }
 
 

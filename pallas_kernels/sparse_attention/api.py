@@ -16,7 +16,7 @@ from pallas_kernels.sparse_attention import kernel, reference
 __all__ = ["Compressed", "PackedRows", "Window", "sparse_attention", "window_bounds"]
 
 Implementation = Literal["reference", "pallas", "interpret"]
-LANES, BLOCK = 128, 64
+LANES, HEADS, BLOCK = 128, 8, 64
 MAX_QUERIES = 1 << 15  # their limits live in SMEM
 
 
@@ -198,8 +198,9 @@ def plan(q_BTNH: Array, window: Window, compressed: Compressed | None, turned: b
         NotImplementedError: the kernel does not cover these sizes.
     """
     batch, fresh, heads, channels = q_BTNH.shape
-    if heads % 8 or channels % LANES:
-        raise NotImplementedError(f"heads={heads} in 8s and channels={channels} in 128s only")
+    heads += -heads % HEADS
+    if channels % LANES:
+        raise NotImplementedError(f"channels={channels} in 128s only")
     if heads > kernel.MAX_ROWS // 8:
         raise NotImplementedError(f"heads={heads}, limit {kernel.MAX_ROWS // 8}: split the heads")
     if batch * fresh > MAX_QUERIES:
@@ -302,6 +303,10 @@ def _slots(window: Window) -> Array:
 
 def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array:
     sizes = plan(q_BTNH, window, compressed, rotation is not None)
+    heads = q_BTNH.shape[2]
+    if more := sizes.heads - heads:
+        q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, more), (0, 0)))
+        sink_N = jnp.pad(sink_N, (0, more))
     window = _whole_tiles(window)
     chosen = table = None
     if compressed is not None:
@@ -313,7 +318,7 @@ def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array
         if compressed.table_BP is not None:
             assert sizes.rows is not None
             table = paging.table_blocks(compressed.table_BP, sizes.rows.page, sizes.rows.tile)
-    return kernel.sparse_attention(
+    out_BTNH = kernel.sparse_attention(
         sizes,
         _limits(sizes, window, compressed),
         q_BTNH,
@@ -325,6 +330,7 @@ def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array
         () if compressed is None else _columns(compressed.rows),
         interpret,
     )
+    return out_BTNH[:, :, :heads]
 
 
 def _turn(cos_BTr: Array, sin_BTr: Array) -> tuple[Array, Array]:

@@ -91,6 +91,7 @@ SMALL = {
     "prefill_dense_plain": Case(2, 21, "dense", 384, heads=8, packed=False),
     "prefill_masked": Case(1, 19, "masked", 1024, heads=8, turned=False),
     "verify_masked": Case(3, 4, "masked", 256, heads=8, rope=128),
+    "decode_three_heads": Case(3, 1, "masked", 256, heads=3),
 }
 
 

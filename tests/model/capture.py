@@ -53,12 +53,15 @@ def recording() -> Iterator[Log]:
                 log["streams_out"].append(out[0][0])
         return out
 
-    def attend(q, recent, sink, chunk, cache, index, query, ratio, cfg, num):
-        out = attend_chunk(q, recent, sink, chunk, cache, index, query, ratio, cfg, num)
+    def attend(q, window, sink, chunk, cache, index, query, ratio, cfg, num):
+        out = attend_chunk(q, window, sink, chunk, cache, index, query, ratio, cfg, num)
         log["q"].append(q[0])
         log["attn_core_out"].append(out[0])
         history = store.num_rows(cache["window"])
-        kv = recent[0, history:]
+        if q.shape[1] == 1:
+            kv = window.rows_BSH[0, chunk.pos_B % history]
+        else:
+            kv = window.rows_BSH[0, history:]
         if ratio:
             rows = store.unpack(cache["rows"], num.jnp_dtype)[0, 0]
             log["compressed_kv"].append(rows)

@@ -163,17 +163,19 @@ def visible_earlier(state, q, rows, place, visible, mask, num, absorb=attention.
 
 
 def exchanged_halves(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    recent = {name: jnp.roll(a, row_dim, axis=-1) for name, a in recent.items()}
+    values, scores = (jnp.roll(a, row_dim, axis=-1) for a in (recent.values, recent.scores))
+    recent = recent._replace(values=values, scores=scores)
     return pool(recent, pos_B, num_new, ratio, row_dim)
 
 
 def own_windows_only(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    scores = recent["scores"].at[..., :row_dim].set(-1e30)  # nothing speaks for the next window
-    return pool({**recent, "scores": scores}, pos_B, num_new, ratio, row_dim)
+    scores = recent.scores.at[..., :row_dim].set(-1e30)  # nothing speaks for the next window
+    return pool(recent._replace(scores=scores), pos_B, num_new, ratio, row_dim)
 
 
 def first_row_with_zero_scores(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    return pool(recent, pos_B + ratio, num_new, ratio, row_dim)  # as if a window came before
+    later = recent._replace(start_B=recent.start_B + ratio)
+    return pool(later, pos_B + ratio, num_new, ratio, row_dim)  # as if a window came before
 
 
 def unsigned_weights(query, keys_BSJ, num, score_tile=indexer.score_tile):
@@ -204,14 +206,14 @@ def sinkhorn_ending_on_rows(logits, iters, eps, sinkhorn=mhc.sinkhorn):
     return comb / (comb.sum(1, keepdims=True) + eps)
 
 
-def unclamped_shared(weights, x_YD, scale_Y, cfg, num, expert=moe.expert):
+def unclamped_shared(weights, x_YD, scale_Y, cfg, num, which=None, expert=moe.expert):
     limit = cfg.swiglu_limit if scale_Y is not None else 0.0
-    return expert(weights, x_YD, scale_Y, cfg.replace(swiglu_limit=limit), num)
+    return expert(weights, x_YD, scale_Y, cfg.replace(swiglu_limit=limit), num, which)
 
 
-def unclamped_routed(weights, x_YD, scale_Y, cfg, num, expert=moe.expert):
+def unclamped_routed(weights, x_YD, scale_Y, cfg, num, which=None, expert=moe.expert):
     limit = cfg.swiglu_limit if scale_Y is None else 0.0
-    return expert(weights, x_YD, scale_Y, cfg.replace(swiglu_limit=limit), num)
+    return expert(weights, x_YD, scale_Y, cfg.replace(swiglu_limit=limit), num, which)
 
 
 def route_without_bias(gate, x_UD, tokens_U, cfg, route=moe.route):
@@ -355,8 +357,8 @@ def index_without_hadamard(x, num):
     return attention.fake_fp4(x)
 
 
-def rounding_weight_behind_w2(weights, x_YD, scale_Y, cfg, num, expert=moe.expert):
-    out = expert(weights, x_YD, None, cfg, num)
+def rounding_weight_behind_w2(weights, x_YD, scale_Y, cfg, num, which=None, expert=moe.expert):
+    out = expert(weights, x_YD, None, cfg, num, which)
     return out if scale_Y is None else num.cast(out.astype(jnp.float32) * scale_Y[:, None])
 
 

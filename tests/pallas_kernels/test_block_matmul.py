@@ -84,6 +84,35 @@ def test_equals_the_linear_layer_of_the_model(scale_dtype, rounds, implementatio
     np.testing.assert_allclose(y, wanted, rtol=2**-7, atol=1e-6)
 
 
+@implementations
+@pytest.mark.parametrize("out_dim", [256, 128])  # a group fills a weight block, or half of one
+@pytest.mark.parametrize("rounds", [False, True])
+def test_groups_and_layers_agree_to_the_bit(rounds, out_dim, implementation):
+    """Two groups of one layer of a stack: two products of that layer's halves."""
+    (x, codes, scales), _ = whole_numbers(Case(20, 256, out_dim))
+    both = jnp.concatenate([x, -2 * x], axis=1)
+    y = block_matmul(
+        both,
+        jnp.stack([jnp.zeros_like(codes), codes]),
+        jnp.stack([jnp.ones_like(scales), scales]),
+        layer=jnp.int32(1),
+        groups=2,
+        round_activations=rounds,
+        out_dtype=jnp.float32,
+        implementation=implementation,
+    )
+    whole = block_matmul(
+        x,
+        codes,
+        scales,
+        round_activations=rounds,
+        out_dtype=jnp.float32,
+        implementation="reference",
+    )
+    wanted = jnp.concatenate([whole[:, : out_dim // 2], -2 * whole[:, out_dim // 2 :]], axis=1)
+    np.testing.assert_array_equal(y, wanted)
+
+
 def test_every_code_times_every_scale_is_exact():
     """All finite codes against each e8m0 scale whose products are normal bfloat16 numbers."""
     codes = np.resize(np.arange(256, dtype=np.uint8), (128, 128))

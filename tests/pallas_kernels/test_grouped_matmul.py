@@ -160,6 +160,31 @@ def test_routed_experts_agree_with_the_reference(name):
 
 @implementations
 @formats
+def test_a_layer_of_a_stack_is_that_layer(stored, implementation):
+    case = Case(7, 3, 4, 160, 96, *stored)
+    x, experts, routing, *weights = routed_case(case, seed=5)
+    stacks = [
+        PackedWeight(*(jnp.stack([jnp.zeros_like(a), a, jnp.ones_like(a)]) for a in weight))
+        for weight in weights
+    ]
+    wanted = run((x, experts, routing, *weights), 1.0, True, implementation)
+    y = jax.jit(
+        lambda layer: routed_experts(
+            x,
+            experts,
+            routing,
+            *stacks,
+            layer=layer,
+            limit=1.0,
+            round_activations=True,
+            implementation=implementation,
+        )
+    )(jnp.int32(1))
+    np.testing.assert_array_equal(y, wanted)
+
+
+@implementations
+@formats
 @pytest.mark.parametrize("mode", ["reference", "plain"])
 def test_equals_the_experts_of_the_model(mode, stored, implementation):
     cfg = tiny().replace(dim=160, expert_dim=96, num_experts=4, swiglu_limit=1.0)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax import cache as store
 from dsv4_jax import presets
-from dsv4_jax.attention import attend_chunk
+from dsv4_jax.attention import Window, attend_chunk
 from dsv4_jax.compress import Chunk
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation, rotate
@@ -224,8 +224,10 @@ def test_reference_equals_the_model(fresh):
     )
     recent = jnp.concatenate([history, kv], axis=1)
     cache = {"window": ring, "rows": rows}
+    positions = pos_B[:, None] + jnp.arange(-case.window, fresh)[None]
+    window = Window(recent, positions)
     wanted = attend_chunk(
-        args[0], recent, args[1], chunk, cache, jnp.int32(LAYER), None, 128, cfg, num
+        args[0], window, args[1], chunk, cache, jnp.int32(LAYER), None, 128, cfg, num
     )
     bounds = api.window_bounds(pos_B, fresh, recent.shape[1], case.window)
     visible = (pos_B[:, None] + jnp.arange(fresh)[None] + 1) // 128

@@ -18,6 +18,7 @@ def config(tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_case_is_measured(config):
     case = Case("decode", 8, batch=2, new_tokens=2, reps=1)
     figures = compare.run_ours(config, case)

@@ -63,7 +63,7 @@ def test_names(client, name):
         ("GET", "/nowhere", 404, "not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("GET", "/v1/models/a/b", 404, "model_not_found"),
-        ("POST", "/v1/completions", 404, "not_found"),
+        ("POST", "/v1/embeddings", 404, "not_found"),
         ("GET", "/v1/chat/completions", 405, "invalid_request"),
         ("POST", "/health", 405, "invalid_request"),
         ("DELETE", "/v1/models", 405, "invalid_request"),

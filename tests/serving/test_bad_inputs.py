@@ -104,9 +104,9 @@ def test_body_too_large_in_chunks(address):
     ("fields", "code", "param"),
     [
         ({"max_tokens": 10**12}, "context_length_exceeded", "max_tokens"),
-        ({"n": -1}, "unsupported_value", "n"),
+        ({"n": -1}, "invalid_value", "n"),
         ({"temperature": "hot"}, "invalid_value", "temperature"),
-        ({"logit_bias": {"1": 1e9}}, "unsupported_value", "logit_bias"),
+        ({"logit_bias": {"1": 1e9}}, "invalid_value", "logit_bias.1"),
         ({"messages": []}, "invalid_message_order", "messages"),
         ({"messages": [{"role": "root", "content": "x"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [{"content": "x"}]}, "invalid_value", "messages[0].role"),
@@ -145,6 +145,68 @@ def test_a_recursive_schema_is_only_text(address):
     function = {"name": "f", "parameters": {"$ref": "#"}}
     tools = [{"type": "function", "function": function}]
     assert httpx.post(address + PATH, json=ASK | {"tools": tools}).status_code == 200
+
+
+JSON_SCHEMA = "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"allOf": [{"anyOf": [{"type": "object"}] * 9}] * 9},
+        {"type": "string", "pattern": "(a"},
+        {"type": 5},
+        {"properties": []},
+        {"required": "a"},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_hostile_schemas(address, schema):
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = ASK | {"response_format": asked, "max_tokens": 30}
+    reply = httpx.post(address + PATH, json=body, timeout=PATIENCE_S)
+    if reply.status_code != 200:
+        assert check_error(reply, 400, "invalid_schema")["param"] == JSON_SCHEMA
+
+
+@pytest.mark.parametrize("kind", ["regex", "grammar"])
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 1000, "(a*)*(b*)*c", "((a{1,99}){1,99}){1,99}", "\\", "%%%", "start: start", "/", "\n"],
+    ids=lambda text: text[:20],
+)
+def test_hostile_expressions(address, kind, text):
+    body = ASK | {"response_format": {"type": kind, kind: text}, "max_tokens": 30}
+    reply = httpx.post(address + PATH, json=body, timeout=PATIENCE_S)
+    if reply.status_code != 200:
+        check_error(reply, 400, "invalid_schema")
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"$ref": "#"}}},
+        {"properties": {"a": {"type": "wizard"}}},
+        {"properties": {'a\n"</': {"type": "string", "enum": ["</", "\n", '"']}}},
+        {"properties": {"a": {"type": "string", "pattern": "(", "minLength": -1}}},
+        {"properties": {"a": {"type": "string", "minLength": "x"}}},
+        {"properties": {"a": 5, "b": None, "": True}},
+        {"properties": 5, "required": 5},
+        {"properties": {f"p{i}": {"type": "integer"} for i in range(3000)}},
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_hostile_tools(address, parameters, is_strict):
+    function = {"name": "f", "parameters": parameters, "strict": is_strict}
+    body = ASK | {"tools": [{"type": "function", "function": function}], "max_tokens": 30}
+    reply = httpx.post(address + PATH, json=body, timeout=PATIENCE_S)
+    if reply.status_code != 200:
+        code = reply.json()["error"]["code"]
+        check_error(reply, 400, code)
+        assert code == "context_length_exceeded" or (is_strict and code == "invalid_schema")
 
 
 # Below HTTP

@@ -1,13 +1,16 @@
 """Ports, and loading behind a server that already answers."""
 
+import os
+import signal
 import socket
+import threading
 
 import httpx
 import pytest
 
 from dsv4_jax.serving.launch import fingerprint, how_to_use, listen, serve, url_of
 from dsv4_jax.serving.service import Service, Settings
-from tests.serving.fakes import MODEL, PATIENCE_S, FakeModel, answer, make_service
+from tests.serving.fakes import MODEL, PATIENCE_S, FakeModel, answer, chat_answer, make_service
 
 
 def test_a_free_port():
@@ -72,3 +75,55 @@ def test_it_answers_while_it_loads():
     with pytest.raises(InterruptedError):
         serve(service, listener, load)
     assert [reply.status_code for reply in seen] == [503, 200]
+
+
+@pytest.fixture
+def sigterm_interrupts():
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+ASK = {"messages": [{"role": "user", "content": "Hi"}], "thinking": {"type": "disabled"}}
+
+
+@pytest.mark.parametrize("ends", ["finished", "timeout", "second signal"])
+def test_sigterm_drains(ends, sigterm_interrupts):
+    gate = threading.Semaphore(0)
+    model = FakeModel(chat_answer("hello"), gate=gate)
+    loaded = make_service(model).loaded()
+    service = Service(Settings((MODEL,)))
+    listener = listen("127.0.0.1", 0)
+    address = url_of(listener)
+    seen: dict[str, int] = {}
+
+    def running() -> None:
+        try:
+            reply = httpx.post(f"{address}/v1/chat/completions", json=ASK, timeout=PATIENCE_S)
+            seen["running"] = reply.status_code
+        except httpx.TransportError:
+            seen["running"] = 0
+
+    client = threading.Thread(target=running)
+
+    def load() -> None:
+        service.ready(loaded.planner, loaded.model, loaded.fingerprint)
+        client.start()
+        assert model.started.wait(PATIENCE_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while service.phase != "draining":
+            threading.Event().wait(0.01)
+        if ends == "finished":
+            seen["new"] = httpx.post(f"{address}/v1/chat/completions", json=ASK).status_code
+            seen["ready"] = httpx.get(f"{address}/ready").status_code
+        if ends == "second signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        gate.release(100)
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(service, listener, load, drain_timeout_s=0 if ends == "timeout" else PATIENCE_S)
+    client.join(PATIENCE_S)
+    assert not client.is_alive()
+    if ends == "finished":
+        assert seen == {"running": 200, "new": 503, "ready": 503}
+        assert model.streamed == len("hello") + 1

@@ -14,12 +14,7 @@ from tests.serving.live import serving
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 OFF = {"thinking": {"type": "disabled"}}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
-    }
-]
+TOOLS = [{"type": "function", "function": {"name": name}} for name in "fg"]
 
 
 @pytest.fixture(scope="module")

@@ -143,3 +143,17 @@ def test_mutations_never_raise_or_leak_markup():
 @pytest.mark.slow
 def test_many_mutations_never_raise_or_leak_markup():
     fuzz(rounds=100_000, seed=2)
+
+
+@pytest.mark.slow
+def test_every_split_of_many_completions_gives_the_unsplit_result():
+    rng, completions = random.Random(3), [pieces(text) for text in SHORT.values()]
+    for index in range(500):
+        tokens = mutate(rng.choice(completions), rng)
+        reasoning, tools = MODES[index % len(MODES)]
+        how = {"reasoning": reasoning, "tools": tools}
+        whole = run(tokens, **how)[0]
+        length = sum(len(data) for _, data in tokens)
+        assert run(cut(tokens, [1] * length), **how)[0] == whole
+        for place in range(1, length):
+            assert run(cut_at(tokens, place), **how)[0] == whole

@@ -2,8 +2,11 @@
 
 import pytest
 
+from dsv4_jax import sampling
 from dsv4_jax.serving.errors import ApiError
+from dsv4_jax.serving.sampling_fields import MAX_BIASED, MAX_LOGPROBS
 from dsv4_jax.serving.schema import ChatRequest, read_chat_request
+from dsv4_jax.serving.tool_fields import ReplyFormat, ToolChoice
 
 MESSAGES = [{"role": "user", "content": "q"}]
 NEW = {"type": "function", "function": {"name": "f"}}
@@ -23,15 +26,13 @@ HARMLESS = [
     {"n": 1},
     {"logprobs": False},
     {"top_logprobs": 0},
-    {"presence_penalty": 0.0, "frequency_penalty": 0},
-    {"repetition_penalty": 1.0},
+    {"best_of": 1, "stop_token_ids": [], "stop_in_reasoning": False},
     {"logit_bias": {}},
     {"response_format": {"type": "text"}},
     {"parallel_tool_calls": True},
     {"modalities": ["text"]},
     {"tools": [], "tool_choice": "auto"},
-    {"top_k": -1},
-    {"user": "me", "user_id": "x" * 512, "metadata": {"a": "b"}, "priority": 3},
+    {"metadata": {"a": "b"}, "priority": 3, "store": False},
     {"something_new": [1, 2]},
     {"stream_options": {"continuous_usage_stats": False}},
 ]
@@ -43,31 +44,14 @@ def test_values_that_ask_for_nothing_are_accepted(fields):
 
 
 UNSUPPORTED = [
-    ({"n": 2}, "n"),
-    ({"logprobs": True}, "logprobs"),
-    ({"top_logprobs": 5}, "top_logprobs"),
-    ({"min_p": 0.1}, "min_p"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"frequency_penalty": -0.5}, "frequency_penalty"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"logit_bias": {"1": 100}}, "logit_bias"),
-    ({"logit_bias": {str(i): 1e9 for i in range(5000)}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
-    ({"tool_choice": "required", "tools": [NEW]}, "tool_choice"),
-    ({"tool_choice": NEW, "tools": [NEW]}, "tool_choice"),
+    ({"best_of": 2}, "best_of"),
+    ({"tool_choice": {"type": "allowed_tools"}, "tools": [NEW]}, "tool_choice.type"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"stop_token_ids": [1]}, "stop_token_ids"),
     ({"ignore_eos": True}, "ignore_eos"),
     ({"min_tokens": 5}, "min_tokens"),
     ({"task": "title"}, "task"),
-    (
-        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-        "tools[0].function.strict",
-    ),
     ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
 ]
 
@@ -82,6 +66,28 @@ def test_what_we_cannot_do_is_refused_by_name(fields, param):
 
 
 WRONG = [
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"top_logprobs": 5}, "top_logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "logit_bias"),
+    ({"stop_token_ids": ["1"]}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "regex"}}, "response_format.regex"),
+    ({"response_format": {"type": "grammar", "grammar": ""}}, "response_format.grammar"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
     ({"messages": "hi"}, "messages"),
     ({"model": 5}, "model"),
     ({"temperature": "hot"}, "temperature"),
@@ -135,6 +141,49 @@ def test_wrong_values_are_refused_by_name(fields, param):
     error = caught.value
     assert (error.status, error.code, error.param) == (400, "invalid_value", param)
     assert len(error.message) < 300
+
+
+def test_what_is_understood():
+    asked = read(
+        **{"n": 3, "logprobs": True, "top_logprobs": 2, "min_p": 0.1, "presence_penalty": -2},
+        **{"frequency_penalty": 2, "repetition_penalty": 1.5, "logit_bias": {"7": -100, "8": 3}},
+        **{"top_k": -1, "seed": -3, "user": "me", "stop_token_ids": [5], "best_of": 3},
+        **{"parallel_tool_calls": False, "include_stop_str_in_output": True},
+    )
+    assert (asked.n, asked.logprobs, asked.user, asked.stop_ids) == (3, 2, "me", {5})
+    assert (asked.parallel_calls, asked.keep_stop) == (False, True)
+    assert asked.sampling == {
+        **{"min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 2, "top_k": 0, "seed": -3},
+        **{"repetition_penalty": 1.5, "logit_bias": ((7, -100.0), (8, 3.0))},
+    }
+    assert read(logprobs=True).logprobs == 0
+    assert read(user="a", user_id="b").user == "b"
+
+
+def test_limits_agree_with_the_sampler():
+    assert (MAX_BIASED, MAX_LOGPROBS) == (sampling.MAX_BIASED, sampling.MAX_LOGPROBS)
+
+
+def test_choices_and_formats():
+    assert read(tool_choice="required").tool_choice == ToolChoice("required")
+    assert read(tool_choice="none").tool_choice == ToolChoice("none")
+    assert read(tool_choice=NEW).tool_choice == ToolChoice("required", "f")
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+    assert read(response_format=schema).reply_format == ReplyFormat(
+        "json_schema", {"type": "array"}
+    )
+    json_object = ReplyFormat("json_object", {"type": "object"})
+    assert read(response_format={"type": "json_object"}).reply_format == json_object
+
+
+def test_a_schema_is_required():
+    with pytest.raises(ApiError) as caught:
+        read(response_format={"type": "json_schema", "json_schema": {}})
+    error = caught.value
+    assert (error.code, error.param) == (
+        "invalid_schema",
+        "response_format.json_schema.schema",
+    )
 
 
 @pytest.mark.parametrize("body", [None, [], "x", 5])

@@ -3,9 +3,10 @@
 import pytest
 
 from dsv4_jax.serving.events import Finish, Reasoning, ToolStart
+from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.schema import read_chat_request
-from dsv4_jax.serving.turn import Cancelled, Turn
+from dsv4_jax.serving.turn import Turn
 from tests.serving.completions import Parsed, block, invoke, text_parameter
 from tests.serving.fakes import FakeModel, answer, chat_answer, controls_in, ids, tokenizer
 
@@ -34,7 +35,7 @@ def test_the_end_inside_reasoning_becomes_the_end_of_reasoning():
     parsed, finish, turn = take(model, max_tokens=100)
     assert (parsed.reasoning, parsed.content) == ("I forgot", "so: yes")
     assert finish == Finish("stop", completion_tokens=9 + 8, reasoning_tokens=9)
-    assert turn.repairs["closed_reasoning"] == 1
+    assert turn.guards["closed_reasoning"] == 1
     assert model.prompts[1] == model.prompts[0] + ids("I forgot</think>")
     assert [s.max_tokens for s in model.sampling] == [100, 91]
     assert model.closed.is_set()

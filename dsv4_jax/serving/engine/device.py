@@ -1,7 +1,8 @@
 """The engine's programs: a closed set of shapes over one donated state.
 
 The state holds ring slots (one more than requests: padding goes to the last), a pool of pages
-(page 0 is scratch), each slot's last token, and a pool of checkpoints of ring state.
+(page 0 is scratch), each slot's last token and what it said before, and a pool of checkpoints of
+ring state.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from dsv4_jax import model
 from dsv4_jax.cache import Cache, LayerCache, init_paged_cache
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sampling import sample_batch
+from dsv4_jax.sampling import Knobs, Logprobs, logprobs_of, no_logprobs, sample_rows
 from dsv4_jax.serving.engine.units import UNIT
 
 Rings = list[dict[str, Any]]
+POOLS = ("rows", "keys")  # of a layer, in pages; the rest belongs to slots
+SCORE_BLOCK = 32  # positions whose logits exist at a time when a prompt is scored
+FAILED = -1  # stands for a token whose logits were not finite
 
 
 class Sizes(NamedTuple):
@@ -43,24 +47,45 @@ class Sizes(NamedTuple):
 
 @struct.dataclass
 class State:
-    """Everything that steps change. `last_S`: newest token of each slot, not yet computed."""
+    """Everything that steps change.
+
+    last_S: newest token of each slot, not yet computed. uses_SV: what penalties read, see
+    `sampling.count_uses`; true only of slots whose requests penalize.
+    """
 
     cache: Cache
     last_S: Array
+    uses_SV: Array
     checkpoints: Rings
 
 
 class Batch(NamedTuple):
-    """Rows of a step as arrays; rows that are not real have `count_B` 0 and the scratch slot."""
+    """Rows of a step. Rows that are not real have count 0 and the scratch slot.
 
+    rows_B3: int32 position, tokens computed, and whether the token behind them counts. words_BW:
+    masks of the tokens that may be drawn, uint32. The rest stays the same while the rows do.
+    """
+
+    rows_B3: Any
     slots_B: Any
-    pos_B: Any
-    count_B: Any
     table_BP: Any
-    keys_B2: Any  # uint32 words of each request's random key
-    temperature_B: Any
-    top_p_B: Any
-    top_k_B: Any
+    knobs: Knobs
+    words_BW: Any
+
+
+class Prompt(NamedTuple):
+    """Tokens of prompts; of rows with `scored_B`, targets_BT are judged (each the token behind)."""
+
+    tokens_BT: Any
+    targets_BT: Any
+    scored_B: Any
+
+
+class Sampled(NamedTuple):
+    """What a step drew: int32 ids or `FAILED`; log-probabilities are 0 unless a row wants them."""
+
+    tokens_B: Array
+    logprobs: Logprobs
 
 
 def layers_of(cache: Cache) -> list[LayerCache]:
@@ -68,18 +93,19 @@ def layers_of(cache: Cache) -> list[LayerCache]:
     return [layer for group in cache.groups for layer in group] + cache.mtp
 
 
-def _rings(layer: LayerCache) -> dict[str, Any]:
+def ring_state(layer: LayerCache) -> dict[str, Any]:
+    """What a slot holds of a layer."""
+    return {name: part for name, part in layer.items() if name not in POOLS}
+
+
+def _aligned(layer: LayerCache) -> dict[str, Any]:
     """The ring state that a 128-aligned point needs.
 
     A compressor without overlap has an empty window there, if its ratio divides the unit.
     """
-    kept = {"window": layer["window"]}
-    if "ring" in layer:
-        ratio = layer["ring"]["values"].shape[2]
-        if "keys" in layer or UNIT % ratio:
-            kept["ring"] = layer["ring"]
-    if "keys" in layer:
-        kept["key_ring"] = layer["key_ring"]
+    kept = ring_state(layer)
+    if "ring" in kept and "keys" not in layer and UNIT % layer["ring"]["values"].shape[2] == 0:
+        del kept["ring"]
     return kept
 
 
@@ -93,29 +119,34 @@ def init_state(cfg: ModelConfig, num: Numerics, sizes: Sizes, scan: bool = True)
     return State(
         cache=cache,
         last_S=jnp.zeros(sizes.slots + 1, jnp.int32),
-        checkpoints=[jax.tree.map(pool, _rings(layer)) for layer in layers_of(cache)],
+        uses_SV=jnp.zeros((sizes.slots + 1, cfg.vocab_size), jnp.int32),
+        checkpoints=[jax.tree.map(pool, _aligned(layer)) for layer in layers_of(cache)],
     )
 
 
 def _view(state: State, batch: Batch) -> Cache:
     return dataclasses.replace(
         state.cache,
-        pos_B=batch.pos_B,
-        mtp_pos_B=batch.pos_B,
+        pos_B=batch.rows_B3[:, 0],
+        mtp_pos_B=batch.rows_B3[:, 0],
         slots_B=batch.slots_B,
         table_BP=batch.table_BP,
     )
 
 
-def _sampled(state: State, cache: Cache, logits_BV: Array, batch: Batch, ends_B: Array):
-    """Stores and returns each row's new token, and whether its logits were all finite."""
-    tokens_B = sample_batch(
+def _sampled(state: State, cache: Cache, logits_BV: Array, batch: Batch) -> tuple[State, Sampled]:
+    """Draws each row's next token and stores it in the row's slot."""
+    pos_B, count_B, samples_B = batch.rows_B3.T
+    slots_B, knobs = batch.slots_B, batch.knobs
+    tokens_B = sample_rows(
+        logits_BV, pos_B + count_B, knobs, batch.words_BW, state.uses_SV, slots_B
+    )
+    logprobs = lax.cond(
+        knobs.wants_logprobs_B.any(),
+        logprobs_of,
+        lambda logits, tokens: no_logprobs(tokens.shape, logits.shape[1]),
         logits_BV,
-        jax.random.wrap_key_data(batch.keys_B2),
-        ends_B,
-        batch.temperature_B,
-        batch.top_p_B,
-        batch.top_k_B,
+        tokens_B,
     )
     cache = dataclasses.replace(
         cache,
@@ -125,17 +156,21 @@ def _sampled(state: State, cache: Cache, logits_BV: Array, batch: Batch, ends_B:
         table_BP=None,
     )
     state = dataclasses.replace(
-        state, cache=cache, last_S=state.last_S.at[batch.slots_B].set(tokens_B)
+        state,
+        cache=cache,
+        last_S=state.last_S.at[slots_B].set(tokens_B),
+        uses_SV=state.uses_SV.at[slots_B, tokens_B].add(2 * samples_B),
     )
-    return state, tokens_B, jnp.isfinite(logits_BV).all(axis=-1)
+    finite_B = jnp.isfinite(logits_BV).all(axis=-1)
+    return state, Sampled(jnp.where(finite_B, tokens_B, FAILED), logprobs)
 
 
 def decode(cfg: ModelConfig, num: Numerics, params: model.Params, state: State, batch: Batch):
     """Computes each slot's last token at its position and samples the one behind it."""
     cache = _view(state, batch)
     tokens_B = state.last_S[batch.slots_B]
-    out, cache = model.decode_step(cfg, num, params, tokens_B, cache, batch.count_B > 0)
-    return _sampled(state, cache, out.logits, batch, batch.pos_B + 1)
+    out, cache = model.decode_step(cfg, num, params, tokens_B, cache, batch.rows_B3[:, 1] > 0)
+    return _sampled(state, cache, out.logits, batch)
 
 
 def prefill(
@@ -144,42 +179,121 @@ def prefill(
     params: model.Params,
     state: State,
     batch: Batch,
-    tokens_BT: Array,
-):
+    prompt: Prompt,
+) -> tuple[State, Sampled, Logprobs]:
     """Computes a chunk of each prompt; the token sampled behind it counts at a prompt's end."""
     cache = _view(state, batch)
-    out, cache = model.prefill(cfg, num, params, tokens_BT, cache, batch.count_B)
-    return _sampled(state, cache, out.logits, batch, batch.pos_B + batch.count_B)
+    out, cache = model.prefill(
+        cfg, num, params, prompt.tokens_BT, cache, count_B=batch.rows_B3[:, 1]
+    )
+    scores = lax.cond(
+        prompt.scored_B.any(),
+        partial(_score, cfg, num),
+        lambda _, streams, targets: no_logprobs(targets.shape, cfg.vocab_size),
+        params,
+        out.streams_BTMD,
+        prompt.targets_BT,
+    )
+    return *_sampled(state, cache, out.logits, batch), scores
+
+
+def _score(
+    cfg: ModelConfig, num: Numerics, params: model.Params, streams_BTMD: Array, targets_BT: Array
+) -> Logprobs:
+    """Log-probabilities at every position, with the logits of one block there at a time."""
+    batch, length = targets_BT.shape
+    blocks = length // SCORE_BLOCK
+
+    def one(block: Array) -> Logprobs:
+        def cut(a: Array) -> Array:
+            return lax.dynamic_slice_in_dim(a, block * SCORE_BLOCK, SCORE_BLOCK, axis=1)
+
+        logits = model.logits_of(cfg, num, params, cut(streams_BTMD))
+        return logprobs_of(logits, cut(targets_BT))
+
+    def joined(a: Array) -> Array:
+        return jnp.moveaxis(a, 0, 1).reshape(batch, length, *a.shape[3:])
+
+    return jax.tree.map(joined, lax.map(one, jnp.arange(blocks)))
+
+
+def start_slot(state: State, slot: Array, last: Array) -> State:
+    """Sets a slot's last token."""
+    return dataclasses.replace(state, last_S=state.last_S.at[slot].set(last))
+
+
+def set_uses(state: State, slot: Array, uses_V: Array) -> State:
+    """Sets what a slot's penalties count from."""
+    return dataclasses.replace(state, uses_SV=state.uses_SV.at[slot].set(uses_V))
 
 
 def copy_pages(state: State, sources_K: Array, targets_K: Array) -> State:
     """Copies whole pages, reading all sources before writing."""
+    return write_pages(state, targets_K, read_pages(state, sources_K))
 
-    def copied(layer: LayerCache) -> LayerCache:
-        pools = {name: layer[name] for name in ("rows", "keys") if name in layer}
-        pools = jax.tree.map(lambda a: a.at[:, targets_K].set(a[:, sources_K]), pools)
-        return layer | pools
 
-    return _with_layers(state, [copied(layer) for layer in layers_of(state.cache)])
+def read_pages(state: State, pages_K: Array) -> Rings:
+    """The rows of pages, by layer: `[repeats, K, ...]`."""
+    return [
+        {
+            name: jax.tree.map(lambda a: a[:, pages_K], layer[name])
+            for name in POOLS
+            if name in layer
+        }
+        for layer in layers_of(state.cache)
+    ]
+
+
+def write_pages(state: State, pages_K: Array, rows: Rings) -> State:
+    """Puts back what `read_pages` returned, into any pages."""
+
+    def put(pool: Array, new: Array) -> Array:
+        return pool.at[:, pages_K].set(new)
+
+    layers = [
+        layer | {name: jax.tree.map(put, layer[name], part) for name, part in new.items()}
+        for layer, new in zip(layers_of(state.cache), rows, strict=True)
+    ]
+    return _with_layers(state, layers)
+
+
+def read_slot(state: State, slot: Array) -> Rings:
+    """The whole ring state of a slot, wherever it stands."""
+    return [jax.tree.map(lambda a: a[:, slot], ring_state(x)) for x in layers_of(state.cache)]
+
+
+def write_slot(state: State, slot: Array, rings: Rings) -> State:
+    """Puts ring state into a slot: what `read_slot` or `read_checkpoint` returned."""
+    layers = [
+        layer | {name: _put(layer[name], slot, part) for name, part in new.items()}
+        for layer, new in zip(layers_of(state.cache), rings, strict=True)
+    ]
+    return _with_layers(state, layers)
+
+
+def read_checkpoint(state: State, handle: Array) -> Rings:
+    """A checkpoint of the pool."""
+    return jax.tree.map(lambda a: a[:, handle], state.checkpoints)
+
+
+def write_checkpoint(state: State, handle: Array, rings: Rings) -> State:
+    """Puts a checkpoint into the pool."""
+    return dataclasses.replace(state, checkpoints=_put(state.checkpoints, handle, rings))
 
 
 def save_rings(state: State, slot: Array, handle: Array) -> State:
     """Copies a slot's ring state into the checkpoint pool."""
-    saved = [
-        jax.tree.map(lambda pool, a: pool.at[:, handle].set(a[:, slot]), pool, _rings(layer))
-        for pool, layer in zip(state.checkpoints, layers_of(state.cache), strict=True)
-    ]
-    return dataclasses.replace(state, checkpoints=saved)
+    rings = [jax.tree.map(lambda a: a[:, slot], _aligned(x)) for x in layers_of(state.cache)]
+    return write_checkpoint(state, handle, rings)
 
 
 def load_rings(state: State, slot: Array, handle: Array) -> State:
     """Copies a checkpoint into a slot's rings."""
-    layers = [
-        layer
-        | jax.tree.map(lambda pool, a: a.at[:, slot].set(pool[:, handle]), pool, _rings(layer))
-        for pool, layer in zip(state.checkpoints, layers_of(state.cache), strict=True)
-    ]
-    return _with_layers(state, layers)
+    return write_slot(state, slot, read_checkpoint(state, handle))
+
+
+def _put(pool: Any, index: Array, new: Any) -> Any:
+    return jax.tree.map(lambda a, x: a.at[:, index].set(x), pool, new)
 
 
 def _with_layers(state: State, layers: list[LayerCache]) -> State:
@@ -197,27 +311,22 @@ class Programs:
 
     def __init__(self, cfg: ModelConfig, num: Numerics, params: model.Params, sizes: Sizes) -> None:
         self.sizes = sizes
+        self.vocab_size = cfg.vocab_size
         self.params = params
         self.init = partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params))
         self.decode = jax.jit(partial(decode, cfg, num), donate_argnums=1)
         self.prefill = jax.jit(partial(prefill, cfg, num), donate_argnums=1)
+        self.start_slot = jax.jit(start_slot, donate_argnums=0)
+        self.set_uses = jax.jit(set_uses, donate_argnums=0)
         self.copy_pages = jax.jit(copy_pages, donate_argnums=0)
+        self.read_pages = jax.jit(read_pages)
+        self.write_pages = jax.jit(write_pages, donate_argnums=0)
+        self.read_slot = jax.jit(read_slot)
+        self.write_slot = jax.jit(write_slot, donate_argnums=0)
+        self.read_checkpoint = jax.jit(read_checkpoint)
+        self.write_checkpoint = jax.jit(write_checkpoint, donate_argnums=0)
         self.save_rings = jax.jit(save_rings, donate_argnums=0)
         self.load_rings = jax.jit(load_rings, donate_argnums=0)
-
-    def empty_batch(self, size: int) -> Batch:
-        """`size` padding rows, as numpy arrays to be filled in."""
-        sizes = self.sizes
-        return Batch(
-            slots_B=np.full(size, sizes.slots, np.int32),
-            pos_B=np.zeros(size, np.int32),
-            count_B=np.zeros(size, np.int32),
-            table_BP=np.zeros((size, sizes.table_pages), np.int32),
-            keys_B2=np.zeros((size, 2), np.uint32),
-            temperature_B=np.zeros(size, np.float32),
-            top_p_B=np.ones(size, np.float32),
-            top_k_B=np.zeros(size, np.int32),
-        )
 
 
 class Memory(NamedTuple):
@@ -231,15 +340,17 @@ class Memory(NamedTuple):
 
 def memory(cfg: ModelConfig, num: Numerics, params: Any, sizes: Sizes) -> Memory:
     """What a configuration takes, without allocating it. Temporaries are not included."""
-
-    def total(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(int(np.prod(a.shape)) * jnp.dtype(a.dtype).itemsize for a in leaves)
-
     state = jax.eval_shape(partial(init_state, cfg, num, sizes))
     layers = layers_of(state.cache)
-    pages = total([[layer.get("rows"), layer.get("keys")] for layer in layers])
-    return Memory(total(params), total(layers) - pages, pages, total(state.checkpoints))
+    pages = bytes_of([[layer.get(name) for name in POOLS] for layer in layers])
+    slots = bytes_of(layers) - pages + bytes_of(state.uses_SV)
+    return Memory(bytes_of(params), slots, pages, bytes_of(state.checkpoints))
+
+
+def bytes_of(tree: Any) -> int:
+    """Size of all arrays of a tree, abstract ones too."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(a.shape)) * jnp.dtype(a.dtype).itemsize for a in leaves)
 
 
 assert CSA and UNIT % CSA == 0, "checkpoints stand at ends of CSA windows"

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import page_unit
@@ -22,23 +18,26 @@ from dsv4_jax.model import Params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.checkpoints import CheckpointPool
+from dsv4_jax.serving.engine.compiles import compiled_here
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import Batch, Programs, Sizes
+from dsv4_jax.serving.engine.device import FAILED, Programs, Sizes
+from dsv4_jax.serving.engine.host_memory import HostMemory
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.pages import PageAllocator
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import FinishReason, Request
-from dsv4_jax.serving.engine.scheduler import Scheduler
-from dsv4_jax.serving.engine.step import DecodeRow, PrefillRow, StepPlan
+from dsv4_jax.serving.engine.runner import Landed, Launched, Row, Runner
+from dsv4_jax.serving.engine.scheduler import Delivery, Scheduler
+from dsv4_jax.serving.engine.step import StepPlan
+from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, token_of
 from dsv4_jax.serving.engine.units import UNIT
+from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
+from dsv4_jax.serving.model import TokenGuide, TokenStream
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # steps under way: the device works on one while the host reads the other
 IDLE_WAIT_S = 0.5
-
-
-class EngineError(RuntimeError):
-    """A request that the engine could not finish."""
+STEP_TIMEOUT_S = 300.0
 
 
 class EngineFull(RuntimeError):
@@ -49,17 +48,29 @@ class EngineFull(RuntimeError):
         self.reason, self.retry_after_s = reason, retry_after_s
 
 
-@dataclass(eq=False)
-class _Payload:
-    """What the loop keeps of a request: its sampling numbers and where its tokens go."""
+class NotFinite(ArithmeticError):
+    """Logits that hold NaN or infinity."""
 
-    sampling: SamplingParams
-    key_2: np.ndarray
-    out: queue.SimpleQueue[int | FinishReason] = field(default_factory=queue.SimpleQueue)
+
+class Step(NamedTuple):
+    """A step under way; without results, it failed when it was launched."""
+
+    plan: StepPlan
+    launched: list[Launched]
 
 
 class Engine:
     """Continuous batching over a fixed set of compiled shapes; a `TokenModel` of many streams.
+
+    Args:
+        cfg: The model,
+        num: its numerics,
+        params: and weights.
+        scheduling: Sizes and limits of the scheduler.
+        sizes: What to allocate.
+        fingerprint: Changes with anything that changes what the prefix cache holds.
+        host_cache_bytes: Host memory for what the prefix cache evicts.
+        step_timeout_s: A step that takes longer ends the engine.
 
     Raises:
         ValueError: sizes that contradict each other.
@@ -73,6 +84,8 @@ class Engine:
         scheduling: SchedulerConfig,
         sizes: Sizes,
         fingerprint: str = "",
+        host_cache_bytes: int = 0,
+        step_timeout_s: float = STEP_TIMEOUT_S,
     ) -> None:
         if sizes.slots != scheduling.num_slots or sizes.max_len != scheduling.max_len:
             raise ValueError("sizes of device and scheduler differ")
@@ -80,58 +93,87 @@ class Engine:
             raise ValueError(
                 f"compress_ratios need pages of {page_unit(cfg)} tokens; the unit here is {UNIT}"
             )
-        self.max_len, self.metrics = scheduling.max_len, Metrics()
-        self.config = scheduling
-        self.programs = Programs(cfg, num, params, sizes)
+        if host_cache_bytes < 0 or step_timeout_s <= 0:
+            raise ValueError("host_cache_bytes must not be negative, step_timeout_s positive")
+        self.max_len, self.config = scheduling.max_len, scheduling
+        self.metrics = metrics = Metrics(max_len=scheduling.max_len)
+        self.runner = Runner(Programs(cfg, num, params, sizes), scheduling)
         self.pages = PageAllocator(sizes.pages, sizes.page_tokens)
+
+        def evicted(tier: str) -> None:
+            metrics.count("prefix_cache_evictions", tier=tier)
+
+        self.host = HostMemory(self.runner, host_cache_bytes, lambda: evicted("host"))
         store = CheckpointPool(sizes.checkpoints)
-        cache = PrefixCache(self.pages, store, fingerprint)
-        self.scheduler = Scheduler(scheduling, cache, time.monotonic, self.metrics)
+        tier = self.host if host_cache_bytes else None
+        cache = PrefixCache(self.pages, store, fingerprint, tier, evicted)
+        self.scheduler = Scheduler(scheduling, cache, self.host, time.monotonic, metrics)
+        metrics.watch("host_cache_usage_perc", lambda: self.host.used / max(host_cache_bytes, 1))
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._ids = itertools.count()
-        self._state = self.programs.init()
         self._stopping = False
         self.failure: BaseException | None = None
-        self._tables = np.zeros((sizes.slots + 1, sizes.table_pages), np.int32)
+        self._compiled = 0  # by the engine's thread
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._watchdog = Watchdog(step_timeout_s, self._busy_for, self._stuck)
 
     # What clients call, from any thread.
 
     def start(self) -> None:
-        """Starts the engine's thread; call `warm_up` first."""
+        """Starts the engine's thread; call `warm_up` first. From here on nothing may compile."""
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self) -> None:
         """Ends all requests and the thread."""
+        self._watchdog.stop()
         with self._work:
             self._stopping = True
             self._work.notify_all()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(1.0 if isinstance(self.failure, EngineStuck) else None)
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those that were taken go on."""
+        with self._lock:
+            self.scheduler.drain()
 
     def stream(
         self,
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         stop_ids: frozenset[int],
+        *,
         tenant: str = "",
         request_id: str | None = None,
-    ) -> Generator[int]:
-        """Yields sampled ids, the final stop id included; closing the iterator cancels.
+        guide: TokenGuide | None = None,
+        after: TokenStream | None = None,
+        keep_output: bool = False,
+        checkpoints: Sequence[int] = (),
+    ) -> RequestStream:
+        """Queues a request; see `TokenModel.stream`.
 
         Raises:
             EngineFull: refused at once. EngineError: the engine failed or is shutting down.
-            ValueError: the prompt is empty or too long.
+            ValueError: the prompt is empty or too long, or an id is outside the vocabulary.
         """
-        key_2 = np.asarray(jax.random.key_data(sampling.key()))
-        payload = _Payload(sampling, key_2)
+        if after is not None and not isinstance(after, RequestStream):
+            raise ValueError("after must be a stream of this engine")
+        self._check_ids(prompt_ids, sampling)
+        payload = Payload(sampling, guide, sampling.key_words())
         request = Request(
             id=request_id or f"r{next(self._ids)}",
             prompt=prompt_ids,
             max_tokens=sampling.max_tokens,
             tenant=tenant,
             stop_ids=stop_ids,
+            checkpoints=checkpoints,
+            keep_output=keep_output,
+            guided=guide is not None,
+            reuse_prefix=sampling.prompt_logprobs is None,
+            leader=after.request if after is not None else None,
             payload=payload,
         )
         with self._work:
@@ -141,125 +183,144 @@ class Engine:
             if rejection is not None:
                 raise EngineFull(rejection.reason, rejection.retry_after_s)
             self._work.notify_all()
-        return self._tokens(request, payload)
+        return RequestStream(request, payload)
 
-    def _tokens(self, request: Request, payload: _Payload) -> Generator[int]:
-        try:
-            while isinstance(item := payload.out.get(), int):
-                yield item
-            if item not in (FinishReason.STOP, FinishReason.LENGTH):
-                raise EngineError(f"the request ended early: {item}") from self.failure
-        finally:
-            request.cancel()
+    def _check_ids(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        size = self.runner.programs.vocab_size
+        prompt = np.asarray(prompt_ids, np.int64)
+        if prompt.size and not 0 <= prompt.min() <= prompt.max() < size:
+            raise ValueError(f"the prompt holds an id outside the vocabulary of {size}")
+        wrong = [token for token, _ in sampling.logit_bias if token >= size]
+        if wrong:
+            raise ValueError(f"logit_bias names id {wrong[0]}; the vocabulary has {size}")
 
     # The engine's thread.
 
     def warm_up(self) -> None:
         """Compiles every program by running it on padding rows alone."""
-        config, programs, state = self.config, self.programs, self._state
-        for size in config.decode_batches:
-            state, tokens, _ = programs.decode(programs.params, state, programs.empty_batch(size))
-        for chunk, size in itertools.product(config.chunk_sizes, config.prefill_batches):
-            blank = np.zeros((size, chunk), np.int32)
-            batch = programs.empty_batch(size)
-            state, tokens, _ = programs.prefill(programs.params, state, batch, blank)
-        jax.random.key_data(SamplingParams(1, seed=0).key())
-        none = np.zeros(config.num_slots, np.int32)
-        state = programs.copy_pages(state, none, none)
-        scratch, first = jnp.int32(config.num_slots), jnp.int32(0)
-        state = programs.save_rings(state, scratch, first)
-        self._state = jax.block_until_ready(programs.load_rings(state, scratch, first))
+        self.runner.warm_up()
 
     def _run(self) -> None:
         try:
             self._loop()
         except BaseException as error:
             log.exception("the engine stopped")
-            self.failure = error
+            self.failure = self.failure or error
+        self._busy_since = None
+        self._end_all(self.failure)
+
+    def _end_all(self, failure: BaseException | None) -> None:
+        """Ends every request: with an error, or because the engine shuts down."""
         with self._lock:
-            self.scheduler.abort_all(FinishReason.ERROR if self.failure else FinishReason.SHUTDOWN)
+            for request in self.scheduler.requests():
+                request.payload.error = request.payload.error or failure
+            self.scheduler.abort_all(FinishReason.ERROR if failure else FinishReason.SHUTDOWN)
             self._report()
 
     def _loop(self) -> None:
-        under_way: deque[tuple[StepPlan, list[Any]]] = deque()
+        under_way: deque[Step] = deque()
         while True:
             with self._work:
-                if self._stopping:
+                if self._stopping or self.failure:
                     return
+                self._busy_since = time.monotonic()
                 plan = self.scheduler.plan() if len(under_way) < LOOK_AHEAD else None
                 self._report()
                 if plan is None and not under_way:
+                    self._busy_since = None
                     self._work.wait(IDLE_WAIT_S)
                     continue
             if plan is not None:
-                under_way.append((plan, self._launch(plan)))
+                under_way.append(self._launch(plan))
             if plan is None or len(under_way) == LOOK_AHEAD:
-                self._collect(*under_way.popleft())
+                self._collect(under_way.popleft())
+            self._count_compiles()
 
     def _report(self) -> None:
         for request in self.scheduler.take_finished():
             request.payload.out.put(request.finish_reason)
 
-    def _launch(self, plan: StepPlan) -> list[Any]:
-        """Queues a step on the device; returns its results, which are not there yet."""
-        programs, state, results = self.programs, self._state, []
-        for start in plan.starts:
-            self._tables[start.slot] = 0
-            if start.checkpoint is not None:
-                handle = jnp.int32(start.checkpoint)
-                state = programs.load_rings(state, jnp.int32(start.slot), handle)
-        if plan.copies:
-            pairs = np.zeros((2, self.config.num_slots), np.int32)
-            for i, copy in enumerate(plan.copies):
-                pairs[:, i] = copy.source, copy.target
-            state = programs.copy_pages(state, *pairs)
-        for update in plan.tables:
-            self._tables[update.slot, update.first : update.first + len(update.pages)] = (
-                update.pages
-            )
-        if plan.prefill:
-            batch = self._batch(plan.prefill, plan.prefill_batch)
-            tokens = np.zeros((plan.prefill_batch, plan.chunk), np.int32)
-            for i, row in enumerate(plan.prefill):
-                tokens[i, : len(row.tokens)] = row.tokens
-            state, *out = programs.prefill(programs.params, state, batch, tokens)
-            results.append((plan.prefill, out))
-        if plan.decode:
-            batch = self._batch(plan.decode, plan.decode_batch)
-            state, *out = programs.decode(programs.params, state, batch)
-            results.append((plan.decode, out))
-        for snapshot in plan.snapshots:
-            handle = jnp.int32(snapshot.checkpoint)
-            state = programs.save_rings(state, jnp.int32(snapshot.slot), handle)
-        self._state = state
-        return results
+    def _count_compiles(self) -> None:
+        if (total := compiled_here()) > self._compiled:
+            self.metrics.count("compilations_after_ready", total - self._compiled)
+            self._compiled = total
 
-    def _batch(self, rows: Sequence[PrefillRow] | Sequence[DecodeRow], size: int) -> Batch:
-        batch = self.programs.empty_batch(size)
-        for i, row in enumerate(rows):
-            is_prefill = isinstance(row, PrefillRow)
-            payload: _Payload = row.request.payload
-            batch.slots_B[i] = row.slot
-            batch.pos_B[i] = row.start if is_prefill else row.position
-            batch.count_B[i] = len(row.tokens) if is_prefill else 1
-            batch.table_BP[i] = self._tables[row.slot]
-            batch.keys_B2[i] = payload.key_2
-            batch.temperature_B[i] = payload.sampling.temperature
-            batch.top_p_B[i] = payload.sampling.top_p
-            batch.top_k_B[i] = payload.sampling.top_k
-        return batch
+    def _launch(self, plan: StepPlan) -> Step:
+        """Queues a step on the device."""
+        try:
+            return Step(plan, self.runner.run(plan))
+        except Exception as error:
+            self._survive(plan, error)
+            return Step(plan, [])
 
-    def _collect(self, plan: StepPlan, results: list[Any]) -> None:
-        """Waits for a step, advances the requests, and sends tokens to their readers."""
-        tokens: dict[int, int] = {}
-        failed: set[int] = set()
-        for rows, (sampled, finite) in results:
-            sampled, finite = np.asarray(sampled), np.asarray(finite)
-            for i, row in enumerate(rows):
-                tokens[row.slot] = int(sampled[i])
-                if not finite[i]:
-                    failed.add(row.slot)
+    def _survive(self, plan: StepPlan, error: Exception) -> None:
+        """Ends the requests of a failed step; the engine goes on if its state is unharmed."""
+        log.exception("step %d failed", plan.step)
+        if not self.runner.is_intact():
+            raise error
         with self._lock:
-            for delivery in self.scheduler.complete(plan.step, tokens, failed):
-                delivery.request.payload.out.put(delivery.token)
+            for part in (*plan.starts, *plan.prefill, *plan.decode):
+                self._fail(part.request, error)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        request.payload.error = request.payload.error or error
+        self.scheduler.finish(request, FinishReason.ERROR)
+
+    def _collect(self, step: Step) -> None:
+        """Waits for a step, advances the requests, and sends tokens to their readers."""
+        plan, landed = step.plan, []
+        try:
+            landed = [part.land() for part in step.launched]
+        except Exception as error:
+            self._survive(plan, error)
+        self.host.settle()
+        failed = {row.slot for row in (*plan.prefill, *plan.decode)}
+        tokens: dict[int, int] = {}
+        places: dict[Request, tuple[Landed, int]] = {}
+        for part in landed:
+            for i, (row, token) in enumerate(zip(part.rows, part.tokens, strict=True)):
+                tokens[row.slot], places[row.request] = token, (part, i)
+                if (error := self._error_of(row, token, part)) is None:
+                    failed.remove(row.slot)
+                else:
+                    row.request.payload.error = error
+        with self._lock:
+            deliveries = self.scheduler.complete(plan.step, tokens, failed)
+        for delivery in deliveries:
+            self._deliver(delivery, *places[delivery.request])
+        with self._lock:
             self._report()
+
+    def _error_of(self, row: Row, token: int, part: Landed) -> Exception | None:
+        """Why a row must not count."""
+        if token == FAILED:
+            self.metrics.count("nan_logits")
+            return NotFinite("the model's logits hold NaN or infinity")
+        if row.slot in part.failed:
+            self.metrics.count("grammar_errors")
+        return part.failed.get(row.slot)
+
+    def _deliver(self, delivery: Delivery, part: Landed, index: int) -> None:
+        request, payload = delivery.request, delivery.request.payload
+        if payload.guide is not None:
+            try:
+                payload.guide.advance(delivery.token)
+            except Exception as error:  # foreign code: it costs this request and no other
+                self.metrics.count("grammar_errors")
+                log.warning("request %s: its guide refused a token: %r", request.id, error)
+                with self._lock:
+                    self._fail(request, error)
+                return
+        best = payload.sampling.logprobs
+        payload.out.put(token_of(delivery.token, part.logprobs, index, best))
+
+    # The watchdog's thread.
+
+    def _busy_for(self) -> float:
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _stuck(self, reason: EngineStuck) -> None:
+        """Gives up on the engine's thread, which never holds the lock while it waits."""
+        self.failure = reason
+        self._end_all(reason)

@@ -37,6 +37,7 @@ GAUGES = {
     "num_requests_preempted": "Requests that lost their slot and will go on.",
     "kv_cache_usage_perc": "Share of pages in use by requests, 0 to 1.",
     "slot_usage_perc": "Share of slots in use, 0 to 1.",
+    "host_cache_usage_perc": "Share of the host memory of the prefix cache in use, 0 to 1.",
 }
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "prompt_tokens": ("Prompt tokens of requests that started.", ()),
@@ -49,6 +50,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "request_aborts": ("Requests that ended early.", ("phase",)),
     "admission_rejections": ("Requests turned away.", ("reason",)),
     "nan_logits": ("Rows whose results were not finite.", ()),
+    "grammar_errors": ("Requests whose guide failed or refused a token.", ()),
+    "compilations_after_ready": ("Programs compiled while requests were served.", ()),
 }
 PHASES = {
     Status.WAITING: "queue",
@@ -140,8 +143,7 @@ class Metrics:
         self.observe("request_queue_time_seconds", _between(request, "arrived", "started"))
 
     def token(self, request: Request, now: float) -> None:
-        """Records a generated token, before the request's times take note of it."""
-        self.count("generation_tokens")
+        """Records when a token came, before the request's times take note of it."""
         if request.times.last_token is None:
             self.observe("time_to_first_token_seconds", now - request.times.arrived)
         else:

@@ -45,9 +45,8 @@ class Times:
 class Request:
     """What was asked for and how far it got.
 
-    `tokens` is the log: the prompt, then every token that was generated. A request that lost its
-    slot computes the state of the whole log again and goes on behind it; it never draws a token
-    twice.
+    `tokens` is the log: the prompt, then every token that was generated. The state of a request
+    that lost its slot is parked, and it goes on from there; it never draws a token twice.
 
     Args:
         id: Unique among the requests that are not finished.
@@ -58,6 +57,8 @@ class Request:
         stop_ids: Generated tokens that end the request (they stay in the log).
         checkpoints: Prompt positions at which others are likely to resume.
         keep_output: The next request of this conversation will contain the output as it is.
+        guided: What may be drawn next depends on what was drawn before, so a step is planned only
+            once the token in front of it is known.
         reuse_prefix: May start behind a cached prefix; off where all prompt logits are needed.
         leader: A request with the same prompt to wait for, since its prefix will be cached.
         payload: Whatever the loop needs: sampling settings, a parser. Not looked at.
@@ -71,6 +72,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     checkpoints: Sequence[int] = ()
     keep_output: bool = False
+    guided: bool = False
     reuse_prefix: bool = True
     leader: Request | None = None
     payload: Any = None
@@ -84,6 +86,7 @@ class Request:
     limit: int = 0  # tokens the log may grow to
     cached_tokens: int = 0  # of the prompt, restored instead of computed at the first admission
     preemptions: int = 0
+    parked: int = 0  # tokens whose state waits in the parking
     cancelled: bool = False
     # What it holds while it has a slot.
     slot: int | None = None

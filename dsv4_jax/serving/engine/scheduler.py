@@ -12,6 +12,7 @@ from dsv4_jax.serving.engine.checkpoints import Handle
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.node import Hit
+from dsv4_jax.serving.engine.parking import Parking
 from dsv4_jax.serving.engine.prefill import choose_chunk, piece, prefill_order
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import FinishReason, Request, Status
@@ -40,6 +41,7 @@ class Scheduler:
     Args:
         config: Sizes and limits.
         cache: Prefix cache over the pages to give out.
+        parking: Keeps the state of requests that lose their slot.
         clock: Seconds that never go back.
         metrics: Where things are counted.
     """
@@ -48,6 +50,7 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         cache: PrefixCache,
+        parking: Parking,
         clock: Callable[[], float],
         metrics: Metrics | None = None,
     ) -> None:
@@ -55,9 +58,10 @@ class Scheduler:
         self.cache = cache
         self.metrics = metrics or Metrics(max_len=config.max_len)
         self.queue = WaitingQueue(config.queue, config.quantum)
-        self.slots = Slots(config, cache)
+        self.slots = Slots(config, cache, parking)
         self.preempted: list[Request] = []  # most urgent first
         self.draining = False
+        self._parking = parking
         self._clock = clock
         self._in_flight: deque[InFlight] = deque()
         self._finished: list[Request] = []
@@ -106,6 +110,7 @@ class Scheduler:
         else:
             if was is Status.PREEMPTED:
                 self.preempted.remove(request)
+                self._parking.forget(request)
             else:
                 self.slots.release(request)
             self.queue.free_slot(request.tenant)
@@ -159,7 +164,7 @@ class Scheduler:
         self._plan_prefill(draft, record)
         for page in record.copied:
             self.cache.pages.release(page)
-        if not record.rows:
+        if not record.rows and not draft.starts:
             return None
         self._steps += 1
         self._in_flight.append(record)
@@ -186,7 +191,6 @@ class Scheduler:
         for row in record.rows:
             row.request.in_flight -= 1
             if row.slot in failed:
-                self.metrics.count("nan_logits")
                 self.finish(row.request, FinishReason.ERROR)
             elif row.request.is_live:
                 self.slots.commit(row)
@@ -199,6 +203,7 @@ class Scheduler:
         for row in record.rows:
             if row.samples and row.request.status is not Status.FINISHED:
                 delivered += self._deliver(row.request, tokens[row.slot])
+        self.metrics.count("generation_tokens", len(delivered))
         return delivered
 
     # Inside.
@@ -217,6 +222,8 @@ class Scheduler:
         for request in sorted(self.slots.live.values(), key=lambda r: r.rank):
             if request.status is not Status.RUNNING or request.planned + 1 >= request.limit:
                 continue
+            if request.guided and request.in_flight:
+                continue
             while request.is_live and not self.slots.grow(request, draft):
                 self._preempt(max(self.slots.live.values(), key=lambda r: r.rank))
             if request.slot is None:
@@ -227,8 +234,8 @@ class Scheduler:
                 self.slots.snapshot(request, draft, record)
 
     def _preempt(self, request: Request) -> None:
-        """Takes slot and pages; what is committed stays cached as long as there is room."""
-        self.slots.release(request)
+        """Takes slot and pages; the state is parked."""
+        self.slots.park(request)
         request.status = Status.PREEMPTED
         request.preemptions += 1
         insort(self.preempted, request, key=lambda r: r.rank)
@@ -253,7 +260,8 @@ class Scheduler:
                 self._started(request, hit)
             else:
                 self.preempted.remove(request)
-            request.status = Status.PREFILL
+            is_prompt_in = request.planned >= len(request.prompt)
+            request.status = Status.RUNNING if is_prompt_in else Status.PREFILL
 
     def _may_start(self, request: Request) -> bool:
         """Whether nothing but room can keep a request from starting."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from dsv4_jax.serving.engine.checkpoints import Handle
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.node import Hit, Node
+from dsv4_jax.serving.engine.parking import Parking
 from dsv4_jax.serving.engine.prefill import cut_points
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import Request
@@ -38,9 +39,10 @@ class InFlight:
 class Slots:
     """Gives slots to requests and takes them back, with everything that goes with them."""
 
-    def __init__(self, config: SchedulerConfig, cache: PrefixCache) -> None:
+    def __init__(self, config: SchedulerConfig, cache: PrefixCache, parking: Parking) -> None:
         self.live: dict[int, Request] = {}
         self._config = config
+        self._parking = parking
         self._cache = cache
         self._pages = cache.pages
         self._free = list(range(config.num_slots - 1, -1, -1))
@@ -55,7 +57,7 @@ class Slots:
         return self._cache.store.capacity > 0
 
     def start(self, request: Request, draft: Draft, record: InFlight) -> Hit | None:
-        """Puts a request into a free slot, behind the prefix that is cached.
+        """Puts a request into a free slot, where it was parked or behind the cached prefix.
 
         Returns:
             The prefix; None if the pages do not suffice now.
@@ -77,11 +79,19 @@ class Slots:
         request.slot = self._free.pop()
         self.live[request.slot] = request
         request.target = len(request.tokens)
-        request.planned = request.committed = hit.tokens
+        request.planned = request.committed = request.parked or hit.tokens
         request.pin, request.skipped = hit.node, 0
         request.cuts = self._cuts(request, hit)
         self._prepare(request, hit, draft, record)
         return hit
+
+    def park(self, request: Request) -> None:
+        """Puts the state of a request away and takes everything back."""
+        assert request.slot is not None
+        if request.planned:
+            self._parking.park(request, request.slot, request.pages)
+        request.parked = request.planned
+        self.release(request)
 
     def retry(self) -> None:
         """Says that something other than a held page became free."""
@@ -115,14 +125,19 @@ class Slots:
             record.snapshots.append((request, request.planned, handle))
 
     def commit(self, row: Row) -> None:
-        """Notes that the rows of a step are right, and caches the units they complete."""
+        """Notes that the rows of a step are right, and caches the units they complete.
+
+        Output is only cached where its continuation is expected: rows that were computed one by
+        one are not those of a prompt to the last bit.
+        """
         request = row.request
         request.committed = row.end
         known = request.pin.depth if request.pin is not None else 0
-        if self._caches and row.end // UNIT > known:
+        end = row.end if request.keep_output else min(row.end, len(request.prompt))
+        if self._caches and end // UNIT > known:
             assert request.chain is not None
             request.chain.extend(request.tokens)
-            units = row.end // UNIT
+            units = end // UNIT
             request.pin = self._cache.publish(request.chain, request.pages, units, request.pin)
 
     def keep(self, request: Request, position: int, handle: Handle) -> None:
@@ -180,7 +195,7 @@ class Slots:
 
     def _look_up(self, request: Request) -> Hit:
         assert request.chain is not None
-        if not self._caches or not request.reuse_prefix:
+        if not self._caches or not request.reuse_prefix or request.parked:
             return Hit()
         request.chain.extend(request.tokens)
         # The last token is always computed: its logits are needed.
@@ -212,7 +227,7 @@ class Slots:
             node = self._cache.at(chain, position)
             return node is not None and node.checkpoint is not None
 
-        return cut_points(request, hit.tokens, every, hit.matched, is_cached)
+        return cut_points(request, request.planned, every, hit.matched, is_cached)
 
     def _prepare(self, request: Request, hit: Hit, draft: Draft, record: InFlight) -> None:
         """Puts what a slot needs before its first row into the plan."""
@@ -221,7 +236,11 @@ class Slots:
         if hit.node is not None:
             checkpoint = hit.node.checkpoint
             record.restored.append(hit.node)
-        draft.starts.append(SlotStart(request.slot, request, hit.tokens, checkpoint))
+        is_resumed, request.parked = request.parked > 0, 0
+        if is_resumed:
+            self._parking.resume(request, request.slot, request.pages)
+        start = SlotStart(request.slot, request, request.planned, checkpoint, is_resumed)
+        draft.starts.append(start)
         draft.tables.append(TableUpdate(request.slot, 0, tuple(request.pages)))
         if hit.copy_from is not None:
             target = request.pages[len(hit.pages)]

@@ -14,14 +14,16 @@ from dsv4_jax.serving.engine.request import Request
 class SlotStart:
     """The slot now belongs to `request`, whose state begins at `position`.
 
-    The ring state comes from `checkpoint`; None is an empty state, at position 0. Penalties count
-    the generated part of `request.tokens`.
+    The ring state comes from `checkpoint`; None is an empty state at position 0, or what was parked
+    and is there already (`is_resumed`). Behind the prompt the slot's last token is the last one of
+    `request.tokens`. Penalties count from `request.tokens`.
     """
 
     slot: int
     request: Request
     position: int
     checkpoint: Handle | None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class StepPlan:
 
     Copies read all their sources before they write. `chunk`, `prefill_batch` and `decode_batch` are
     the compiled sizes that hold the rows, 0 without rows; padding goes to the scratch slot and
-    page. A slot has at most one row.
+    page. A slot has at most one row. A plan without rows still has starts.
     """
 
     step: int

@@ -6,7 +6,7 @@ shows in a check or in the tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.host import Unit
@@ -66,7 +66,7 @@ class _Slot:
 class FakeDevice:
     """Runs plans in order; `poison` makes the next row of a slot come out wrong.
 
-    It is a second tier of the prefix cache as well, one that forgets nothing.
+    It is a second tier of the prefix cache as well, one that forgets nothing, and the parking.
     """
 
     def __init__(self, config: SchedulerConfig, page_tokens: int) -> None:
@@ -80,6 +80,8 @@ class FakeDevice:
         self.saved = 0  # checkpoints in the second tier
         self._saved_units: dict[Unit, list[tuple[int, int]]] = {}
         self._saved_states: dict[Unit, tuple[int, int]] = {}
+        self.parked: dict[Request, tuple[_Slot, list[list[tuple[int, int] | None]]]] = {}
+        self.resumed = 0
 
     def run(self, plan: StepPlan, scheduler: Scheduler) -> tuple[dict[int, int], set[int]]:
         """Returns the sampled tokens and the slots whose results are not to be trusted."""
@@ -135,9 +137,34 @@ class FakeDevice:
     def load_checkpoint(self, unit: Unit, handle: int) -> None:
         self._checkpoints[handle] = self._saved_states[unit]
 
+    # The parking.
+
+    def park(self, request: Request, slot: int, pages: Sequence[int]) -> None:
+        units = range(self._page_units)
+        rows = [[self._rows.get((page, unit)) for unit in units] for page in pages]
+        assert request not in self.parked and self._slots[slot].position == request.planned
+        self.parked[request] = self._slots.pop(slot), rows
+
+    def resume(self, request: Request, slot: int, pages: Sequence[int]) -> None:
+        state, rows = self.parked.pop(request)
+        assert len(pages) >= len(rows)
+        for page, units in zip(pages, rows, strict=False):
+            self._rows |= {(page, n): row for n, row in enumerate(units) if row is not None}
+        self._slots[slot] = replace(state, table=[])
+        self.resumed += 1
+
+    def forget(self, request: Request) -> None:
+        self.parked.pop(request, None)
+
     def _prepare(self, plan: StepPlan) -> None:
         for start in plan.starts:
             *ends, state = states_of(start.request, start.position)
+            if start.is_resumed:
+                slot = self._slots[start.slot]
+                assert (slot.position, slot.state, slot.ends) == (start.position, state, ends)
+                if start.request.num_generated:
+                    assert slot.last_token == start.request.tokens[-1]
+                continue
             if start.checkpoint is None:
                 assert start.position == 0
             else:
@@ -184,7 +211,8 @@ class FakeDevice:
         assert len(plan.prefill) <= plan.prefill_batch
         assert len(plan.decode) <= plan.decode_batch
         slots = [row.slot for row in (*plan.prefill, *plan.decode)]
-        assert len(slots) == len(set(slots)) > 0
+        assert len(slots) == len(set(slots))
+        assert slots or plan.starts, "a step for nothing"
         for row in plan.prefill:
             assert row.start % UNIT == 0 and 0 < len(row.tokens) <= plan.chunk
             assert len(row.tokens) % UNIT == 0 or row.samples, "only the last chunk may be odd"

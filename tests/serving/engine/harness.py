@@ -54,7 +54,7 @@ class Engine:
         self.pool = CheckpointPool(checkpoints)
         self.device = FakeDevice(self.config, page_tokens)
         self.cache = PrefixCache(self.pages, self.pool, "model", self.device if host else None)
-        self.scheduler = Scheduler(self.config, self.cache, self.clock)
+        self.scheduler = Scheduler(self.config, self.cache, self.device, self.clock)
         self.finished: list[Request] = []
         self.plans: list[StepPlan] = []
         self.delivered: dict[Request, int] = {}
@@ -101,12 +101,14 @@ class Engine:
 
     def check(self) -> None:
         self.scheduler.check()
+        assert set(self.device.parked) <= set(self.scheduler.preempted)
         assert sorted(self.scheduler.checkpoints()) == sorted(self.pool.taken)
 
     def check_idle(self) -> None:
         """Nothing is held but the cache, and the cache lets go of everything."""
         self.check()
         assert not self.scheduler.has_work and not self.pages.num_held
+        assert not self.device.parked
         self.cache.flush()
         assert self.pages.num_free == self.pages.num_usable and not self.pool.taken
         assert not self.cache.nodes

@@ -12,20 +12,9 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine, EngineError
 from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
+from tests.serving.engine.conftest import MAX_LEN
 
-MAX_LEN, NEW = 1024, 12
-
-
-@pytest.fixture(scope="module")
-def engine():
-    cfg, num = presets.tiny().replace(max_len=MAX_LEN), Numerics()
-    params = init_params(cfg, jax.random.key(0))
-    scheduling, sizes = plan_sizes(cfg, MAX_LEN, slots=3)
-    engine = Engine(cfg, num, params, scheduling, sizes, "test")
-    engine.warm_up()
-    engine.start()
-    yield engine
-    engine.stop()
+NEW = 12
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -45,7 +34,8 @@ def settings(index: int) -> SamplingParams:
 
 
 def run(engine, prompt, index):
-    return list(engine.stream(prompt, settings(index), frozenset(), tenant=f"t{index % 2}"))
+    stream = engine.stream(prompt, settings(index), frozenset(), tenant=f"t{index % 2}")
+    return [token.id for token in stream]
 
 
 def test_streams_do_not_depend_on_company_or_cache(engine):
@@ -77,8 +67,8 @@ def test_closing_a_stream_frees_its_slot(engine):
 def test_a_stop_id_ends_the_stream(engine):
     tokens = run(engine, [9, 8, 7], 0)
     stop = tokens[4]
-    stopped = list(engine.stream([9, 8, 7], settings(0), frozenset({stop})))
-    assert stopped == tokens[: tokens.index(stop) + 1]
+    stopped = engine.stream([9, 8, 7], settings(0), frozenset({stop}))
+    assert [token.id for token in stopped] == tokens[: tokens.index(stop) + 1]
 
 
 def test_prompts_that_cannot_run_are_refused(engine):

@@ -67,14 +67,16 @@ def test_a_preempted_request_goes_before_new_ones():
     engine.check_idle()
 
 
-def test_a_preempted_request_resumes_from_what_is_still_cached():
+def test_a_preempted_request_goes_on_where_it_was_and_computes_nothing_twice():
     engine = tight(num_pages=8)
     old, new = make("old", 1), make("new", 2, prompt=prompt(300, 2))
     engine.submit(old, new)
     engine.run()
     assert new.preemptions
-    resumed = [s.position for p in engine.plans for s in p.starts if s.request is new]
-    assert resumed[0] == 0 and all(position >= 128 for position in resumed[1:])
+    starts = [s for p in engine.plans for s in p.starts if s.request is new]
+    assert not starts[0].is_resumed and all(start.is_resumed for start in starts[1:])
+    assert engine.device.resumed == new.preemptions
+    assert engine.device.computed == len(old.tokens) + len(new.tokens) - 2
 
 
 def storm(engine: Engine, seed: int) -> None:

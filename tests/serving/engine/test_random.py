@@ -39,6 +39,7 @@ def make_request(rng: random.Random, engine: Engine, number: int) -> Request:
         stop_ids=frozenset({7}) if rng.random() < 0.3 else frozenset(),
         checkpoints=points,
         keep_output=rng.random() < 0.5,
+        guided=rng.random() < 0.2,
         reuse_prefix=rng.random() < 0.9,
         leader=leader if rng.random() < 0.2 else None,
     )

@@ -387,3 +387,47 @@ def test_tenants_share_the_engine():
     engine.run()
     last = max(i for i, r in enumerate(engine.finished) if r.tenant == "few")
     assert last < 12 * 2 + 4 * 2, "the small tenant does not wait for the large one"
+
+
+def test_a_guided_request_never_runs_ahead_and_keeps_nobody_else_from_it():
+    engine = Engine()
+    guided, free = make("g", guided=True, max_tokens=20), make("f", seed=1, max_tokens=40)
+    engine.submit(guided, free)
+    while engine.scheduler.has_work:
+        engine.step()
+        assert guided.in_flight <= 1
+    rows = [[row.request for row in plan.decode] for plan in engine.plans]
+    assert all(rows[i].count(guided) + rows[i + 1].count(guided) < 2 for i in range(len(rows) - 1))
+    assert sum(free in decode and guided not in decode for decode in rows) >= 19
+    assert guided.num_generated == 20 and free.num_generated == 40
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("state", ["waiting", "first chunk", "prefill", "running", "preempted"])
+def test_cancelling_frees_everything_with_the_next_plan(state):
+    engine = Engine(small_config(reserve_tokens=1), num_pages=9)
+    request = make("r", length=600, seed=1, max_tokens=300)
+    others = [make(n, length=250, seed=n, max_tokens=300, priority=1) for n in range(2, 4)]
+    if state == "waiting":
+        engine.submit(request)
+    elif state == "preempted":
+        engine.submit(request)
+        engine.step()
+        engine.submit(*others)
+        while request.status is not Status.PREEMPTED:
+            engine.step()
+        assert engine.device.parked
+    else:
+        engine.submit(request)
+        steps = {"first chunk": 1, "prefill": 2, "running": 8}[state]
+        for _ in range(steps):
+            engine.step()
+        assert request.is_live
+    request.cancel()
+    engine.launch() if engine.scheduler.num_in_flight < 2 else engine.land()
+    engine.step()
+    assert request.status is Status.FINISHED and not request.is_live and not request.pages
+    assert not engine.device.parked
+    engine.run()
+    assert request.finish_reason is FinishReason.CANCELLED
+    engine.check_idle()

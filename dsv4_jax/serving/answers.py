@@ -1,0 +1,216 @@
+"""From a plan to a reply: starts the answers of a request, sends them, and logs how it went."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dsv4_jax.serving.choices import Choices
+from dsv4_jax.serving.engine.loop import EngineFull
+from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
+from dsv4_jax.serving.events import Event, Finish
+from dsv4_jax.serving.leader import Cancelled
+from dsv4_jax.serving.service import Service
+from dsv4_jax.serving.streams import Encoder, EventStream, unless_disconnected
+
+_log = logging.getLogger(__name__)
+Item = Event | Finish
+Answers = Sequence[tuple[Sequence[Event], Finish]]
+
+
+class AnyTurn(Protocol):
+    """One answer in the making, as the log and the worker see it."""
+
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int | None
+    guards: Counter[str]
+
+    @property
+    def repairs(self) -> Counter[str]: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def close(self) -> None: ...
+
+
+MakeTurn = Callable[[Callable[[], bool]], AnyTurn]
+
+
+@dataclass
+class Facts:
+    """What the log says of a request, beside what its answers tell."""
+
+    request_id: str
+    path: str
+    tenant: str
+    prompt_tokens: int
+    mode: str
+    start: float = field(default_factory=time.monotonic)
+
+
+class _Choice:
+    """One answer as work for a model thread."""
+
+    def __init__(self, make: MakeTurn, service: Service) -> None:
+        self.turn: AnyTurn | None = None
+        self.reason = "unstarted"
+        self.first_token: float | None = None
+        self._make = make
+        self._service = service
+
+    def __call__(self, is_cancelled: Callable[[], bool]) -> Iterator[Item]:
+        self.turn = turn = self._make(is_cancelled)
+        self.reason = "error"
+        try:
+            for item in turn:
+                self.first_token = self.first_token or time.monotonic()
+                self.reason = item.reason if isinstance(item, Finish) else self.reason
+                yield item
+        except Cancelled:
+            self.reason = "cancelled"
+            raise cancelled() if self._service.is_open else not_ready("draining") from None
+        except EngineFull as error:
+            raise queue_full(error.retry_after_s) from error
+        except Exception as error:
+            if self._service.has_failed:
+                raise not_ready("engine_unhealthy") from error
+            raise
+
+    def close(self) -> None:
+        if self.turn is not None:
+            self.turn.close()
+
+
+class Reply(Protocol):
+    """How the answers of one endpoint look."""
+
+    id: str
+
+    def completion(self, answers: Answers) -> dict[str, Any]: ...
+
+    def encoder(self, count: int) -> Encoder: ...
+
+
+@dataclass
+class Answering:
+    """One request being answered. `makers` make its answers, in order."""
+
+    service: Service
+    request: Request
+    facts: Facts
+    makers: Sequence[MakeTurn]
+    reply: Reply
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._choices = [_Choice(make, self.service) for make in self.makers]
+
+    async def respond(self, is_stream: bool) -> Response | ASGIApp:
+        """Returns the reply; as a stream, one that is still to be sent.
+
+        Raises:
+            ApiError: 429 or 503, no room; whatever ended the answers early.
+        """
+        jobs = self._admitted()
+        names = {self.facts.request_id, self.reply.id}
+        self.service.register(self.request.scope["dsv4.tenant"], names, jobs)
+        if is_stream:
+            settings = self.service.settings
+            encoder = self.reply.encoder(len(self._choices))
+            times = (settings.hold_headers_s, settings.keep_alive_s)
+            stream = EventStream(jobs, encoder, self.facts.request_id, *times, self.headers)
+            return _Watched(stream, lambda: self._end(jobs, stream.was_left))
+        was_left = False
+        try:
+            answer = await unless_disconnected(self.request.receive, self._whole(jobs))
+            was_left = answer is None
+        finally:
+            self._end(jobs, was_left)
+        return answer or Response(status_code=499)
+
+    def _admitted(self) -> Choices[Item]:
+        thread = self.service.thread
+        thread.check_room()
+        jobs = [thread.enqueue(choice, choice.close) for choice in self._choices]
+        return Choices(jobs)
+
+    async def _whole(self, jobs: Choices[Item]) -> Response:
+        events: list[list[Event]] = [[] for _ in self._choices]
+        finishes: list[Finish | None] = [None] * len(events)
+        while (items := await jobs.next()) is not None:
+            for index, item in items:
+                if isinstance(item, Finish):
+                    finishes[index] = item
+                else:
+                    events[index].append(item)
+        ends = [finish for finish in finishes if finish is not None]
+        answers = list(zip(events, ends, strict=True))
+        return JSONResponse(self.reply.completion(answers), headers=self.headers)
+
+    def _end(self, jobs: Choices[Item], was_left: bool) -> None:
+        self.service.unregister(jobs)
+        aborted_by = "request" if jobs.was_cancelled else "client" if was_left else "-"
+        jobs.cancel()
+        self._log_line(aborted_by)
+
+    def _log_line(self, aborted_by: str) -> None:
+        facts, choices = self.facts, self._choices
+        turns = [choice.turn for choice in choices if choice.turn is not None]
+        repairs = sum((turn.repairs for turn in turns), Counter[str]())
+        guards = sum((turn.guards for turn in turns), Counter[str]())
+        firsts = [choice.first_token for choice in choices if choice.first_token is not None]
+        tenant = sha256(facts.tenant.encode()).hexdigest()[:8]
+        finish = ",".join(choice.reason for choice in choices)
+        self.service.counters.request([c.reason for c in choices], repairs, guards)
+        _log.info(
+            "id=%s path=%s tenant=%s mode=%s n=%d prompt=%d cached=%d completion=%d reasoning=%d "
+            "first_s=%s seconds=%.3f finish=%s aborted_by=%s repairs=%s guards=%s",
+            facts.request_id,
+            facts.path,
+            tenant,
+            facts.mode,
+            len(choices),
+            facts.prompt_tokens,
+            (turns[0].cached_tokens or 0) if turns else 0,
+            sum(turn.completion_tokens for turn in turns),
+            sum(turn.reasoning_tokens for turn in turns),
+            f"{min(firsts) - facts.start:.3f}" if firsts else "-",
+            time.monotonic() - facts.start,
+            finish,
+            aborted_by,
+            _pairs(repairs),
+            _pairs(guards),
+        )
+
+
+def _pairs(counts: Counter[str]) -> str:
+    return ",".join(f"{kind}:{count}" for kind, count in sorted(counts.items()) if count) or "-"
+
+
+@dataclass
+class _Watched:
+    """A stream, and what is to be done when it has been sent."""
+
+    stream: EventStream[tuple[int, Item]]
+    end: Callable[[], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.stream(scope, receive, send)
+        finally:
+            self.end()
+
+
+def headers_of(service: Service, warning: str | None) -> dict[str, str]:
+    if warning is None:
+        return {}
+    service.warn_once(warning)
+    return {"x-dsv4-warning": warning}

@@ -1,0 +1,1 @@
+"""The Anthropic shape of the API, for the agents that speak it."""

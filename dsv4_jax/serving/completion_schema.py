@@ -1,0 +1,104 @@
+"""The fields of a plain completion request."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4_jax.serving.errors import invalid, unsupported
+from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.sampling_fields import (
+    ANY_COUNT,
+    read_choices,
+    read_sampling,
+    read_stop,
+    read_stop_ids,
+    read_top_logprobs,
+    read_user,
+)
+
+MAX_PROMPTS = 64
+DEFAULT_TOKENS = 16  # as clients of this endpoint expect
+_ANY_ID = 2**31 - 1
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A completion request as the client wrote it. `n` answers are made to every prompt."""
+
+    prompts: tuple[Prompt, ...]
+    model: str | None = None
+    suffix: str | None = None
+    add_bos: bool | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    n: int = 1
+    max_tokens: int = DEFAULT_TOKENS
+    sampling: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    keep_stop: bool = False
+    user: str = ""
+    stream: bool = False
+    include_usage: bool = False
+
+
+def read_completion_request(body: object) -> CompletionRequest:
+    """Reads the JSON body of a completion request.
+
+    Raises:
+        ApiError: 400, naming the field that is wrong or not supported.
+    """
+    if not isinstance(body, dict):
+        raise invalid(None, "The request body must be a JSON object.", "invalid_json")
+    fields = Fields(body)
+    for name in ("response_format", "tools", "ignore_eos", "min_tokens"):
+        if body.get(name):
+            raise unsupported(name, "is not supported by this endpoint; leave it out")
+    tokens = fields.integer("max_tokens", 0, ANY_COUNT)
+    return CompletionRequest(
+        prompts=_prompts(fields),
+        model=fields.text("model"),
+        suffix=fields.text("suffix"),
+        add_bos=fields.boolean("add_bos"),
+        echo=fields.boolean("echo") or False,
+        logprobs=read_top_logprobs(fields, "logprobs"),
+        n=read_choices(fields),
+        max_tokens=DEFAULT_TOKENS if tokens is None else tokens,
+        sampling=read_sampling(fields),
+        stop=read_stop(fields),
+        stop_ids=read_stop_ids(fields),
+        keep_stop=fields.boolean("include_stop_str_in_output") or False,
+        user=read_user(fields),
+        stream=fields.boolean("stream") or False,
+        include_usage=fields.mapping("stream_options").boolean("include_usage") or False,
+    )
+
+
+def read_token_ids(value: object, where: str) -> tuple[int, ...]:
+    """Checks a list of token ids.
+
+    Raises:
+        ApiError: 400.
+    """
+    if not isinstance(value, list):
+        raise invalid(where, "must be a list of token ids")
+    for index, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _ANY_ID:
+            raise invalid(f"{where}[{index}]", "must be a token id")
+    return tuple(value)
+
+
+def _prompts(fields: Fields) -> tuple[Prompt, ...]:
+    value = fields.values.get("prompt")
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise invalid("prompt", "must be text, token ids, or a list of either; it is required")
+    if isinstance(value[0], int):
+        return (read_token_ids(value, "prompt"),)
+    if len(value) > MAX_PROMPTS:
+        raise invalid("prompt", f"has {len(value)} items, at most {MAX_PROMPTS} are allowed")
+    return tuple(
+        item if isinstance(item, str) else read_token_ids(item, f"prompt[{index}]")
+        for index, item in enumerate(value)
+    )

@@ -1,0 +1,106 @@
+"""Which grammars an answer must follow, decided once from the request."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4_jax.encoding import constants as C
+from dsv4_jax.serving.errors import ApiError, invalid
+from dsv4_jax.serving.grammar import Grammar, GrammarCompiler, ToolGrammar, reply_rules
+from dsv4_jax.serving.tool_fields import ReplyFormat, ToolChoice
+
+Tools = Sequence[Mapping[str, Any]]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """`content` holds from the first token of the content; `calls` from the first DSML token on."""
+
+    content: Grammar | None = None
+    calls: Grammar | None = None
+
+
+class Constrainer:
+    """Makes constraints for one tokenizer.
+
+    Grammars bind where the request asks for a form. Tool calls are always held to the names and
+    types of the request's tools once they have begun.
+    """
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+
+    def constraints(
+        self,
+        tools: Tools,
+        choice: ToolChoice,
+        is_parallel: bool,
+        reply: ReplyFormat | None,
+    ) -> Constraints:
+        """Raises:
+        ApiError: 400, a schema or a choice that cannot be followed.
+        """
+        names = [tool["function"]["name"] for tool in tools]
+        if choice.mode == "required" and not tools:
+            raise invalid("tool_choice", "asks for a call, but there are no tools")
+        if choice.name is not None and choice.name not in names:
+            raise invalid("tool_choice.function.name", f"there is no tool {choice.name!r:.100}")
+        if choice.mode == "required" and reply is not None:
+            problem = "cannot be combined with a tool_choice that asks for a call"
+            raise invalid("response_format", problem)
+        rules = None
+        if tools and choice.mode != "none":
+            rules = self._tool_rules(tools, choice.name, is_parallel)
+        return Constraints(self._content(rules, choice, reply), self._calls(rules, tools))
+
+    def _calls(self, rules: ToolGrammar | None, tools: Tools) -> Grammar | None:
+        """Returns what holds once a call has begun; nothing if that is too much and not strict."""
+        try:
+            return self._compiler.compile(rules.after_marker(), "tools") if rules else None
+        except ApiError as error:
+            if any(tool["function"].get("strict") for tool in tools):
+                raise
+            _log.info("calls are not held to their tools: %s", error.message)
+            return None
+
+    def _content(
+        self, rules: ToolGrammar | None, choice: ToolChoice, reply: ReplyFormat | None
+    ) -> Grammar | None:
+        if reply is None:
+            if rules is None or choice.mode != "required":
+                return None
+            return self._compiler.compile(rules.whole_block(), "tools")
+        param = "response_format" + (".json_schema.schema" if reply.kind == "json_schema" else "")
+        if rules is None:
+            return self._compiler.compile(reply_rules(reply), param)
+        if reply.kind == "grammar":
+            raise invalid("response_format", "a grammar cannot be combined with tools")
+        return self._compiler.compile(rules.whole_block(reply_rules(reply, "reply")), param)
+
+    def _tool_rules(self, tools: Tools, only: str | None, is_parallel: bool) -> ToolGrammar:
+        """Returns rules that compile: schemas we cannot follow are left out, unless strict."""
+        dsml = self._compiler.control(C.DSML)
+        rules = ToolGrammar(dsml, tools, only, is_parallel)
+        try:
+            self._compiler.compile(rules.after_marker(), "tools")
+        except ApiError:
+            return ToolGrammar(dsml, self._usable(tools), only, is_parallel)
+        return rules
+
+    def _usable(self, tools: Tools) -> list[Mapping[str, Any]]:
+        dsml = self._compiler.control(C.DSML)
+        usable: list[Mapping[str, Any]] = []
+        for index, tool in enumerate(tools):
+            try:
+                rules = ToolGrammar(dsml, [tool]).after_marker()
+                self._compiler.compile(rules, f"tools[{index}].function.parameters")
+            except ApiError as error:
+                function = tool["function"]
+                if function.get("strict"):
+                    raise
+                _log.info("the parameters of a tool are not enforced: %s", error.message)
+                tool = {"function": {"name": function["name"]}}
+            usable.append(tool)
+        return usable

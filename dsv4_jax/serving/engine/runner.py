@@ -1,0 +1,271 @@
+"""Runs plans on the device. Belongs to the engine's thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.sampling import EVERYTHING, Logprobs, count_uses, knobs_of, mask_words
+from dsv4_jax.serving.engine.config import SchedulerConfig
+from dsv4_jax.serving.engine.device import Batch, Programs, Prompt, Sampled
+from dsv4_jax.serving.engine.request import Request
+from dsv4_jax.serving.engine.step import DecodeRow, PageCopy, PrefillRow, SlotStart, StepPlan
+from dsv4_jax.serving.engine.stream import Payload
+
+Row = PrefillRow | DecodeRow
+PAGES_AT_ONCE = 16  # that leave or enter the device in one call
+
+
+@dataclass
+class Launched:
+    """Rows of a step that were queued on the device, and results that are not there yet.
+
+    `failed` holds rows that must not count, by slot: what went wrong with them on the host.
+    """
+
+    rows: Sequence[Row]
+    sampled: Sampled
+    scores: Logprobs | None = None
+    failed: dict[int, Exception] = field(default_factory=dict)
+
+    def land(self) -> Landed:
+        """Waits for the results; log-probabilities of prompts go to their requests at once."""
+        tokens = np.asarray(self.sampled.tokens_B)[: len(self.rows)].tolist()
+        payloads = [row.request.payload for row in self.rows]
+        logprobs = None
+        if any(payload.sampling.logprobs is not None for payload in payloads):
+            logprobs = jax.device_get(self.sampled.logprobs)
+        if self.scores is not None:
+            scores = jax.device_get(self.scores)
+            for i, row in enumerate(self.rows):
+                if row.request.payload.sampling.prompt_logprobs is not None:
+                    assert isinstance(row, PrefillRow)
+                    row.request.payload.add_scores(row, scores, i)
+        return Landed(self.rows, tokens, logprobs, self.failed)
+
+
+class Landed(NamedTuple):
+    """Results of a step on the host, in the order of its rows."""
+
+    rows: Sequence[Row]
+    tokens: list[int]
+    logprobs: Logprobs | None
+    failed: dict[int, Exception]
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Device arrays of a batch that change only with its rows or their tables."""
+
+    rows: tuple[tuple[int, Request], ...]
+    tables: int  # version
+    slots_B: Any
+    table_BP: Any
+    knobs: Any
+
+
+class Runner:
+    """The device's state and what belongs to it on the host."""
+
+    def __init__(self, programs: Programs, config: SchedulerConfig) -> None:
+        self.programs = programs
+        self.state = programs.init()
+        self._config = config
+        self._scratch = config.num_slots
+        shape = (config.num_slots + 1, programs.sizes.table_pages)
+        self._tables = np.zeros(shape, np.int32)
+        self._tables_version = 0
+        self._fixed: dict[type, _Fixed] = {}
+        self._blank: dict[tuple[int, ...], Any] = {}  # constants on the device
+
+    def run(self, plan: StepPlan) -> list[Launched]:
+        """Queues a step on the device.
+
+        If this raises, `is_intact` says whether the state can still be used; what the plan was to
+        do has been done in part.
+        """
+        for start in plan.starts:
+            self._start(start)
+        if plan.copies:
+            self._copy(plan.copies)
+        for update in plan.tables:
+            end = update.first + len(update.pages)
+            self._tables[update.slot, update.first : end] = update.pages
+        self._tables_version += bool(plan.tables)
+        launched = []
+        if plan.prefill:
+            launched.append(self._prefill(plan))
+        if plan.decode:
+            launched.append(self._decode(plan))
+        for snapshot in plan.snapshots:
+            slot, handle = np.int32(snapshot.slot), np.int32(snapshot.checkpoint)
+            self.state = self.programs.save_rings(self.state, slot, handle)
+        return launched
+
+    def warm_up(self) -> None:
+        """Compiles every program by running it on padding alone."""
+        programs, scratch, first = self.programs, np.int32(self._scratch), np.int32(0)
+        for size in self._config.decode_batches:
+            self.state, _ = programs.decode(programs.params, self.state, self._padding(size))
+        shapes = itertools.product(self._config.prefill_batches, self._config.chunk_sizes)
+        for size, chunk in shapes:
+            self._launch_prefill(self._padding(size), (), size, chunk)
+        none = np.zeros(self._config.num_slots, np.int32)
+        self.state = programs.copy_pages(self.state, none, none)
+        self.state = programs.save_rings(self.state, scratch, first)
+        self.state = programs.load_rings(self.state, scratch, first)
+        self.state = programs.start_slot(self.state, scratch, first)
+        uses = count_uses([0], [], programs.vocab_size)
+        self.state = programs.set_uses(self.state, scratch, uses)
+        for count in (1, PAGES_AT_ONCE):
+            pages = np.zeros(count, np.int32)
+            rows = jax.device_get(programs.read_pages(self.state, pages))
+            self.state = programs.write_pages(self.state, pages, rows)
+        rings = jax.device_get(programs.read_slot(self.state, scratch))
+        self.state = programs.write_slot(self.state, scratch, rings)
+        rings = jax.device_get(programs.read_checkpoint(self.state, first))
+        self.state = programs.write_checkpoint(self.state, first, rings)
+        jax.block_until_ready(self.state)
+
+    def is_intact(self) -> bool:
+        """Whether the state is there and free of errors; waits for what is under way."""
+        leaves = jax.tree.leaves(self.state)
+        if any(leaf.is_deleted() for leaf in leaves):
+            return False
+        try:
+            jax.block_until_ready(leaves)
+        except Exception:  # whatever the runtime says: it concerns the state
+            return False
+        return True
+
+    # Inside.
+
+    def _start(self, start: SlotStart) -> None:
+        programs, request, slot = self.programs, start.request, np.int32(start.slot)
+        self._tables[start.slot] = 0
+        self._tables_version += 1
+        if start.checkpoint is not None:
+            self.state = programs.load_rings(self.state, slot, np.int32(start.checkpoint))
+        if request.num_generated:
+            self.state = programs.start_slot(self.state, slot, np.int32(request.tokens[-1]))
+        if request.payload.sampling.penalizes:
+            generated = request.tokens[len(request.prompt) :]
+            uses = count_uses(request.prompt, generated, programs.vocab_size)
+            self.state = programs.set_uses(self.state, slot, uses)
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        pairs = np.zeros((2, self._config.num_slots), np.int32)
+        for i, copy in enumerate(copies):
+            pairs[:, i] = copy.source, copy.target
+        self.state = self.programs.copy_pages(self.state, *pairs)
+
+    def _decode(self, plan: StepPlan) -> Launched:
+        rows_B3 = np.zeros((plan.decode_batch, 3), np.int32)
+        for i, row in enumerate(plan.decode):
+            rows_B3[i] = row.position, 1, 1
+        batch, failed = self._batch(plan.decode, rows_B3)
+        self.state, sampled = self.programs.decode(self.programs.params, self.state, batch)
+        sampled.tokens_B.copy_to_host_async()
+        return Launched(plan.decode, sampled, failed=failed)
+
+    def _prefill(self, plan: StepPlan) -> Launched:
+        rows_B3 = np.zeros((plan.prefill_batch, 3), np.int32)
+        for i, row in enumerate(plan.prefill):
+            rows_B3[i] = row.start, len(row.tokens), row.samples
+        batch, failed = self._batch(plan.prefill, rows_B3)
+        sampled, scores = self._launch_prefill(batch, plan.prefill, plan.prefill_batch, plan.chunk)
+        return Launched(plan.prefill, sampled, scores, failed)
+
+    def _launch_prefill(
+        self, batch: Batch, rows: Sequence[PrefillRow], size: int, chunk: int
+    ) -> tuple[Sampled, Logprobs | None]:
+        tokens, scored = np.zeros((size, chunk), np.int32), np.zeros(size, bool)
+        targets: Any = None
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.tokens)] = row.tokens
+            if row.request.payload.sampling.prompt_logprobs is not None:
+                targets = np.zeros_like(tokens) if targets is None else targets
+                behind = row.request.prompt[row.start + 1 : row.start + 1 + len(row.tokens)]
+                targets[i, : len(behind)] = behind
+                scored[i] = True
+        is_scored = targets is not None
+        if not is_scored:
+            targets = self._constant((size, chunk), 0, np.int32)
+        self.state, sampled, scores = self.programs.prefill(
+            self.programs.params, self.state, batch, Prompt(tokens, targets, scored)
+        )
+        sampled.tokens_B.copy_to_host_async()
+        return sampled, scores if is_scored else None
+
+    def _batch(
+        self, rows: Sequence[Row], rows_B3: np.ndarray
+    ) -> tuple[Batch, dict[int, Exception]]:
+        fixed = self._fixed_of(rows, len(rows_B3))
+        words, failed = self._masks(rows, len(rows_B3))
+        return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed
+
+    def _fixed_of(self, rows: Sequence[Row], size: int) -> _Fixed:
+        """What stays on the device from step to step while the same requests run."""
+        key, kind = tuple((row.slot, row.request) for row in rows), type(rows[0])
+        last = self._fixed.get(kind)
+        if last is not None and (last.rows != key or len(last.slots_B) != size):
+            last = None
+        if last is not None and last.tables == self._tables_version:
+            return last
+        slots = np.full(size, self._scratch, np.int32)
+        slots[: len(rows)] = [row.slot for row in rows]
+        if last is None:
+            payloads = [row.request.payload for row in rows]
+            values = [(payload.sampling, payload.key_2) for payload in payloads]
+            slots_B, knobs = jax.device_put((slots, knobs_of(values, size)))
+        else:
+            slots_B, knobs = last.slots_B, last.knobs
+        table_BP = jax.device_put(self._tables[slots])
+        fixed = self._fixed[kind] = _Fixed(key, self._tables_version, slots_B, table_BP, knobs)
+        return fixed
+
+    def _masks(self, rows: Sequence[Row], size: int) -> tuple[Any, dict[int, Exception]]:
+        """Masks of a step, filled while the device works on the steps before."""
+        width, failed = mask_words(self.programs.vocab_size), {}
+        words: np.ndarray | None = None
+        for i, row in enumerate(rows):
+            payload: Payload = row.request.payload
+            if payload.guide is None or not (isinstance(row, DecodeRow) or row.samples):
+                continue
+            mine = np.full(width, EVERYTHING, np.uint32)
+            try:
+                if not payload.guide.fill(mine):
+                    continue
+                if not mine.any():
+                    raise ValueError("the guide allows no token at all")
+            except Exception as error:  # foreign code: it costs this request and no other
+                failed[row.slot] = error
+                continue
+            if words is None:
+                words = np.full((size, width), EVERYTHING, np.uint32)
+            words[i] = mine
+        if words is None:
+            return self._constant((size, width), EVERYTHING, np.uint32), failed
+        return words, failed
+
+    def _constant(self, shape: tuple[int, ...], value: int, dtype: type) -> Any:
+        key = (*shape, value)
+        if key not in self._blank:
+            self._blank[key] = jax.device_put(np.full(shape, value, dtype))
+        return self._blank[key]
+
+    def _padding(self, size: int) -> Batch:
+        """A batch of nothing."""
+        return Batch(
+            np.zeros((size, 3), np.int32),
+            jnp.full(size, self._scratch, jnp.int32),
+            jax.device_put(self._tables[np.full(size, self._scratch)]),
+            jax.device_put(knobs_of([], size)),
+            self._constant((size, mask_words(self.programs.vocab_size)), EVERYTHING, np.uint32),
+        )

@@ -1,0 +1,97 @@
+"""The client's end of a request: tokens as they come, and a way to stop them."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dsv4_jax.sampling import Logprobs, SamplingParams
+from dsv4_jax.serving.engine.request import FinishReason, Request
+from dsv4_jax.serving.engine.step import PrefillRow
+from dsv4_jax.serving.model import Token, TokenGuide
+
+
+class EngineError(RuntimeError):
+    """A request that the engine could not finish."""
+
+
+@dataclass(eq=False)
+class Payload:
+    """What the engine keeps of a request: how it samples, and where its tokens go.
+
+    `error` says why the request failed. `scores` are the prompt's log-probabilities so far.
+    """
+
+    sampling: SamplingParams
+    guide: TokenGuide | None
+    key_2: np.ndarray
+    out: queue.SimpleQueue[Token | FinishReason] = field(default_factory=queue.SimpleQueue)
+    error: BaseException | None = None
+    scores: list[Token | None] = field(default_factory=lambda: [None])
+
+    def add_scores(self, row: PrefillRow, scores: Logprobs, index: int) -> None:
+        """Takes the log-probabilities of row `index` of a step: those behind each of its tokens."""
+        prompt, best = row.request.prompt, self.sampling.prompt_logprobs
+        for i in range(len(row.tokens)):
+            if (position := row.start + i + 1) < len(prompt):
+                self.scores.append(token_of(prompt[position], scores, (index, i), best))
+
+
+def token_of(
+    token: int, logprobs: Logprobs | None, index: int | tuple[int, int], best: int | None
+) -> Token:
+    """A token with what was computed about it, if that was asked for."""
+    if best is None or logprobs is None:
+        return Token(token)
+    ids, values = logprobs.top_ids[index][:best], logprobs.top[index][:best]
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(token, float(logprobs.chosen[index]), top)
+
+
+class RequestStream:
+    """A `TokenStream` of one request of the engine; read it from one thread.
+
+    Raises:
+        EngineError: while reading, if the request could not be finished.
+    """
+
+    def __init__(self, request: Request, payload: Payload) -> None:
+        self.request = request
+        self._payload = payload
+        self._end: FinishReason | None = None
+        self._is_closed = False
+
+    def __iter__(self) -> RequestStream:
+        return self
+
+    def __next__(self) -> Token:
+        if self._end is None:
+            item = self._payload.out.get()
+            if isinstance(item, Token):
+                return item
+            self._end = item
+        if not self._is_closed and self._end not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise EngineError(f"the request ended early: {self._end}") from self._payload.error
+        raise StopIteration
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.request.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> Sequence[Token | None] | None:
+        if self._payload.sampling.prompt_logprobs is None:
+            return None
+        return self._payload.scores
+
+    def close(self) -> None:
+        """Stops the work; a reader sees the end. From any thread, any number of times."""
+        self._is_closed = True
+        self.request.cancel()
+
+    def __del__(self) -> None:
+        """A stream that nobody reads any more must not go on."""
+        self.request.cancel()

@@ -1,0 +1,97 @@
+"""Looking at prompts: POST /tokenize, /detokenize and /v1/chat/render."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dsv4_jax.encoding import render_raw
+from dsv4_jax.serving.body import read_json
+from dsv4_jax.serving.chat import planned
+from dsv4_jax.serving.completion_schema import read_token_ids
+from dsv4_jax.serving.errors import ApiError, invalid
+from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.schema import read_chat_request
+from dsv4_jax.serving.service import Service
+from dsv4_jax.tokenizer import Tokenizer, TokenizerError
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Token ids of a text (`prompt`) or of a chat request (`messages`, …)."""
+    loaded = service.loaded()
+    body = await _object(service, request)
+    service.model_name(Fields(body).text("model"))
+    tokenizer = loaded.planner.tokenizer
+    if "messages" in body:
+        plan = await planned(service, loaded, request, read_chat_request(body))
+        ids = list(plan.prompt_ids)
+    else:
+        async with service.planning:
+            ids = await asyncio.to_thread(_text_ids, tokenizer, Fields(body))
+    reply: dict[str, Any] = {
+        "count": len(ids),
+        "max_model_len": loaded.planner.max_len,
+        "tokens": ids,
+    }
+    if Fields(body).boolean("return_token_strs"):
+        reply["token_strs"] = [tokenizer.decode([token]) for token in ids]
+    return JSONResponse(reply)
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """The text of token ids (`tokens`)."""
+    tokenizer = service.loaded().planner.tokenizer
+    body = await _object(service, request)
+    service.model_name(Fields(body).text("model"))
+    ids = read_token_ids(body.get("tokens"), "tokens")
+    if any(token >= tokenizer.vocab_size for token in ids):
+        raise invalid("tokens", "holds ids that are not tokens of this model")
+    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
+
+
+async def render(service: Service, request: Request) -> Response:
+    """What a chat request becomes: prompt, ids, and what was decided about it."""
+    loaded = service.loaded()
+    ask = read_chat_request(await _object(service, request))
+    service.model_name(ask.model)
+    plan = await planned(service, loaded, request, ask)
+    facts = {
+        "thinking": plan.thinking,
+        "effort": plan.effort,
+        "profile": loaded.planner.profile,
+        "starts_in_reasoning": plan.starts_in_reasoning,
+        "tools": sorted(plan.tool_names),
+        "max_tokens": plan.max_tokens,
+        "n": plan.n,
+        "stop": list(plan.stop),
+        "thinking_budget": plan.thinking_budget,
+        "content_grammar": plan.constraints.content is not None,
+        "tool_grammar": plan.constraints.calls is not None,
+        "warning": plan.warning,
+    }
+    text = await asyncio.to_thread(loaded.planner.tokenizer.decode, plan.prompt_ids)
+    return JSONResponse(
+        {"prompt": text, "tokens": list(plan.prompt_ids), "count": len(plan.prompt_ids)}
+        | {"plan": facts}
+    )
+
+
+async def _object(service: Service, request: Request) -> dict[str, Any]:
+    settings = service.settings
+    body = await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
+    if not isinstance(body, dict):
+        raise invalid(None, "The request body must be a JSON object.", "invalid_json")
+    return body
+
+
+def _text_ids(tokenizer: Tokenizer, fields: Fields) -> list[int]:
+    text = fields.text("prompt")
+    if text is None:
+        raise invalid("prompt", "is required, or messages")
+    names = ("add_special_tokens", "add_bos")
+    add_bos = any(fields.boolean(name) for name in names)
+    try:
+        return tokenizer.encode_segments(render_raw(text, add_bos))
+    except TokenizerError as error:
+        raise ApiError(400, "invalid_value", str(error), "prompt") from None

@@ -1,0 +1,1 @@
+"""New entries into stores whose entries are columns, in place."""
