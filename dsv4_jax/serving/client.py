@@ -23,13 +23,17 @@ class ServerError(Exception):
 
 @dataclass
 class Answer:
-    """One answer as far as it has come. Times are seconds since it was asked for."""
+    """One answer as far as it has come. Times are seconds since it was asked for.
+
+    `warning` is what the server remarks about the request.
+    """
 
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
+    warning: str | None = None
     first_s: float | None = None
     total_s: float = 0.0
 
@@ -122,6 +126,7 @@ class Client:
         start = time.monotonic()
         try:
             with self._ask("POST", "/v1/chat/completions", body, (200,)) as reply:
+                answer.warning = reply.getheader("x-dsv4-warning")
                 for chunk in _events(reply):
                     for news in answer.take(chunk):
                         if answer.first_s is None:
@@ -145,10 +150,10 @@ class Client:
         try:
             sent = None if body is None else json.dumps(body).encode()
             link.request(method, self._parts.path.rstrip("/") + path, sent, headers)
-            reply = link.getresponse()
-            if reply.status not in allowed:
-                raise ServerError(_problem(reply), reply.status)
-            yield reply
+            with link.getresponse() as reply:  # it may keep the socket when the link is closed
+                if reply.status not in allowed:
+                    raise ServerError(_problem(reply), reply.status)
+                yield reply
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise ServerError(f"no connection to {self.url}: {reason}") from None

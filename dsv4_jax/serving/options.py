@@ -132,13 +132,14 @@ def page() -> str:
     for group in dict.fromkeys(option.group for option in OPTIONS):
         lines += ["", f"## {group[0].upper()}{group[1:]}", ""]
         lines += ["| setting | variable | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| `--{o.name}{'' if o.read is switch else ' ' + o.metavar}` | `{o.variable}` "
-            f"| {o.described_default} | {o.help} |"
-            for o in OPTIONS
-            if o.group == group
-        ]
+        lines += [_row(option) for option in OPTIONS if option.group == group]
     return "\n".join(lines) + "\n"
+
+
+def _row(option: Option) -> str:
+    flag = f"--{option.name}" if option.read is switch else f"--{option.name} {option.metavar}"
+    cells = (f"`{flag}`", f"`{option.variable}`", option.described_default, option.help)
+    return "".join(f"| {cell.replace('|', chr(92) + '|')} " for cell in cells) + "|"
 
 
 if __name__ == "__main__":

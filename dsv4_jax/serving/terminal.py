@@ -172,6 +172,8 @@ class Chat:
         finally:
             parts.close()
             shown.end_line()
+        if answer.warning:
+            self.screen.note(f"({answer.warning})")
         if answer.finish_reason == "length":
             self.screen.note("(cut off at the length limit)")
             answer.calls.clear()  # the last one is not whole

@@ -18,6 +18,7 @@ from dsv4_jax.serving.child import own_server
 from dsv4_jax.serving.client import Client
 from dsv4_jax.serving.terminal import Chat, Screen
 from scripts.chat import main
+from tests.serving.browser import chromium, tab
 from tests.serving.fakes import FakeModel, answer, chat_answer, make_service, prompt_text
 from tests.serving.live import serving
 
@@ -109,7 +110,7 @@ def test_the_user_answers_tool_calls(served):
     chat, shown = talk(url, "what is up?", "sky", fields={"tools": TOOLS})
     assert "→ look" in shown and '{"where": "up"}' in shown and "blue" in shown
     assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
-    assert "sky" in prompt_text(model.prompts[1])
+    assert "sky" in prompt_text(model.prompts[-1])
 
 
 def test_a_model_cannot_steer_the_terminal(served):
@@ -223,13 +224,22 @@ def read_until(terminal: int, wanted: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_server_of_its_own():
+def test_a_server_of_its_own(capsys, monkeypatch):
+    """The demo, started as `--demo` does, answers in the terminal and on the page, and is gone."""
     lines: list[str] = []
-    with own_server(ROOT / "scripts" / "serve.py", ["--max-len", "512"], lines.append) as (
-        url,
-        pid,
-    ):
+    flags = ["--max-len", "512"]
+    with own_server(ROOT / "scripts" / "serve.py", flags, lines.append) as (url, pid):
         assert Client(url).model()["max_model_len"] == 512
+        args = ("--url", url, "--think", "off", "--max-tokens", "20", "--seed", "1")
+        status, out, _ = piped(capsys, monkeypatch, *args, stdin="Hello")
+        assert status == 0 and out.strip()
+        with chromium() as browser, tab(browser, url) as shown:
+            shown.page.get_by_text("ready ·").wait_for()
+            assert "random weights" in shown.page.locator("#notice").inner_text()
+            shown.send("Hello")
+            shown.page.keyboard.press("Escape")
+            shown.wait_done()
+            assert shown.complaints == []
     assert "noise" in lines[0]
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

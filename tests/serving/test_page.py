@@ -174,6 +174,14 @@ def test_settings_reach_the_model_and_stay(opened):
     assert page.locator("article").count() == 0
 
 
+def test_tools_that_went_bad_open_the_settings(opened):
+    shown, _ = opened(answer("ok"))
+    shown.page.evaluate("$('tools').value = '{'")
+    shown.send("hello")
+    assert "Tools:" in shown.page.get_by_role("alert").inner_text()
+    assert shown.page.locator("article.user .bubble").inner_text() == "hello"
+
+
 def test_wrong_settings_are_not_taken(opened):
     shown, _ = opened(answer("ok"))
     page = shown.page
@@ -262,7 +270,7 @@ def test_a_tool_call_is_shown_and_answered_by_hand(opened):
     page.get_by_label("Result of look").fill("the sky")
     page.get_by_role("button", name="Send results").click()
     shown.answer().get_by_text("It is blue.").wait_for()
-    prompt = prompt_text(model.prompts[1])
+    prompt = prompt_text(model.prompts[-1])
     assert "the sky" in prompt and "up" in prompt
     page.reload()
     page.get_by_text("Result of look").wait_for()
@@ -328,6 +336,20 @@ def test_a_refusal_is_readable_and_can_be_tried_again(opened):
     shown.page.get_by_label("Edit message").fill("short")
     shown.page.keyboard.press("Enter")
     shown.answer().get_by_text("fine").wait_for()
+
+
+def test_a_warning_of_the_server_is_shown(opened):
+    shown, _ = opened(answer("fine"))
+
+    def warn(route: Any) -> None:
+        reply = route.fetch()
+        headers = {**reply.headers, "x-dsv4-warning": "A small context."}
+        route.fulfill(response=reply, headers=headers)
+
+    shown.page.route("**/v1/chat/completions", warn)
+    shown.send("q")
+    shown.wait_done()
+    assert "A small context." in shown.answer().locator(".meta").inner_text()
 
 
 def test_a_failure_in_the_middle_keeps_what_came(opened):
