@@ -282,9 +282,21 @@ def _absorb_selected(
         rows_BTKH = store.gather_rows(rows, place, chosen.rows_BTK, num.jnp_dtype)
         return attend.absorb(state, q_BTNH, rows_BTKH, chosen.valid_BTK, num)
 
+    def by_sequence(state: attend.SoftmaxState) -> attend.SoftmaxState:
+        # a sequence that sees few rows adds them up in the order it would without its neighbours
+        is_short_BT = visible_BT <= keep
+        few_BT = jnp.where(is_short_BT, visible_BT, 0)
+        both = zip(
+            _absorb_visible(state, q_BTNH, rows, place, few_BT, None, num),
+            gathered(state),
+            strict=True,
+        )
+        is_short = is_short_BT[:, :, None, None]
+        return attend.SoftmaxState(*(jnp.where(is_short, few, many) for few, many in both))
+
     def sparse(state: attend.SoftmaxState) -> attend.SoftmaxState:
         if q_BTNH.shape[1] == 1:
-            return gathered(state)
+            return by_sequence(state)
         if capacity <= DENSE_FACTOR * keep:
             return masked(state)
         return lax.cond(longest <= DENSE_FACTOR * keep, masked, gathered, state)
