@@ -33,7 +33,8 @@ def use_compile_cache(folder: str | None) -> Path | None:
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    path = Path(folder or jax.config.jax_compilation_cache_dir or default_folder())
+    known = jax.config.read("jax_compilation_cache_dir")
+    path = Path(folder or known or default_folder())
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
