@@ -12,7 +12,8 @@ In a child process with a timeout, because some bad kernels abort the process th
 
     reports = compile_isolated("pallas_kernels.index_topk.shapes:build", ["flash_decode"], CHIPS)
 
-where `build(name)` returns the function and its arguments as (shape, dtype) pairs.
+where `build(name)` returns the function, its arguments as (shape, dtype) pairs and, if it may
+overwrite some, their numbers.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from pallas_kernels import hlo
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -71,8 +76,11 @@ class Report(NamedTuple):
     temp_bytes: int = 0
     vmem_bytes: int = 0  # scoped VMEM of the largest kernel
     flops: float = 0.0  # as the kernels' cost estimates say
-    hbm_bytes: float = 0.0  # the same
+    hbm_bytes: float = 0.0  # of the whole program, see `hlo.moved`
     copies: tuple[str, ...] = ()  # HLO copies of a mebibyte or more
+    smem_bytes: int = 0  # prefetched scalars and blocks of the largest kernel
+    moved: dict[str, int] = {}  # hbm_bytes by kernel and kind of operation
+    buffers: tuple[str, ...] = ()  # the largest arrays in HBM that are not passed in or through
 
     def floor_us(self) -> float:
         """No run can be faster: the larger of compute and memory time, microseconds."""
@@ -113,10 +121,11 @@ def compile_for(
     here = NamedSharding(mesh, PartitionSpec())
     avals = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in args]
     with jax.set_mesh(mesh):  # lets Pallas see the kind of TPU
-        compiled = jax.jit(fn, donate_argnums=donate).lower(*avals).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        traced = jax.jit(fn, donate_argnums=donate).trace(*avals)
+        compiled, text = _compile(traced.lower())
+    memory = compiled.memory_analysis()
     assert memory is not None
-    text = compiled.as_text() or ""
+    moved = hlo.moved(text)
     return Report(
         case,
         chip,
@@ -125,10 +134,59 @@ def compile_for(
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
         scoped_vmem(text),
-        cost.get("flops", 0.0),
-        cost.get("bytes accessed", 0.0),
+        sum(times * estimate.flops for times, estimate in kernel_costs(traced.jaxpr.jaxpr)),
+        float(moved.total()),
         tuple(large_copies(text)),
+        max(smem(traced.jaxpr.jaxpr), default=0),
+        dict(moved),
+        tuple(hlo.largest(text, 20)),
     )
+
+
+def _compile(lowered: Any) -> tuple[Any, str]:
+    """The compiled program and its HLO text, from the compiler's own dump.
+
+    `as_text()` of a program whose gathers moved to the SparseCore fails: RET_CHECK … async-update.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=dump)
+        files = sorted(Path(folder).glob("*after_codegen.txt"))
+        return compiled, files[-1].read_text() if files else compiled.as_text() or ""
+
+
+def _kernels(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, Any]]:
+    """Every kernel call, and how often it runs."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield times, equation
+            continue
+        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    yield from _kernels(part, inner)
+
+
+def kernel_costs(jaxpr: Any) -> Iterator[tuple[int, Any]]:
+    """The cost estimates of all kernels, and how often each runs."""
+    for times, equation in _kernels(jaxpr):
+        if (estimate := equation.params["cost_estimate"]) is not None:
+            yield times, estimate
+
+
+def smem(jaxpr: Any) -> Iterator[int]:
+    """SMEM bytes of each kernel: scalars it prefetches, and blocks, of which there are two."""
+    for _, equation in _kernels(jaxpr):
+        grid = equation.params["grid_mapping"]
+        scalars = grid.num_dynamic_grid_bounds + grid.num_index_operands
+        total = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars[:scalars])
+        for block in grid.block_mappings:
+            ref = block.transformed_block_aval
+            if str(ref.memory_space) == "smem":
+                total += 2 * ref.size * ref.dtype.itemsize
+        yield total
 
 
 def scoped_vmem(text: str) -> int:
@@ -168,7 +226,9 @@ def compile_isolated(
     for line in lines.splitlines():
         if line.startswith("{"):
             fields = json.loads(line)
-            report = Report(**{**fields, "copies": tuple(fields["copies"])})
+            for name in ("copies", "buffers"):
+                fields[name] = tuple(fields[name])
+            report = Report(**fields)
             found[report.case, report.chip] = report
     lost = f"no report; {end[-2000:]}"
     return [found.get(pair, Report(*pair, error=lost)) for pair in wanted]
@@ -219,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for pair in options.pairs:
         case, chip = pair.split("@")
         try:
-            fn, args = build(case)
-            report = compile_for(chip, fn, args, case)
+            fn, args, *donate = build(case)
+            report = compile_for(chip, fn, args, case, *donate)
         except Exception as refused:  # the compiler's refusals have many types
             report = Report(case, chip, f"{type(refused).__name__}: {refused}"[:3000])
         print(json.dumps(report._asdict()), flush=True)

@@ -94,6 +94,29 @@ def moved(text: str) -> collections.Counter[str]:
     return _moved(module, module.entry, {})
 
 
+def largest(text: str, count: int) -> list[str]:
+    """The largest arrays in HBM that operations make: what is passed in or updated is none."""
+    module, found = parse(text), {}
+    old = {
+        b.text
+        for op in module.computations[module.entry].values()
+        if op.kind == "parameter"
+        for b in op.buffers
+    }
+    skipped = FREE | {"while", "conditional", "call"}
+    inside = {_called(op, "calls") for ops in module.computations.values() for op in ops.values()}
+    for name, ops in module.computations.items():
+        if name in inside:
+            continue
+        for op in ops.values():
+            if op.kind in skipped or "output_to_operand_aliasing" in op.rest:
+                continue
+            for buffer in op.buffers:
+                if buffer.in_hbm and buffer.text not in old:
+                    found[buffer.text] = buffer.size
+    return sorted(found, key=lambda text: -found[text])[:count]
+
+
 def _moved(module: Module, name: str, done: dict[str, collections.Counter[str]]):
     if name in done:
         return done[name]

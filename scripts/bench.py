@@ -4,6 +4,7 @@ python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
 python scripts/bench.py serve                  load on the demo server; --url: on any server
 python scripts/bench.py engine                 the engine beside a bare decode loop
+python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_engine):
+    for add in (add_serve, add_engine, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
 
@@ -71,6 +72,17 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     engine.add_argument("--tokens", type=int, default=200, metavar="N", help="a stream")
     engine.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each")
     return engine
+
+
+def add_kernels(commands: Any) -> argparse.ArgumentParser:
+    text = "VMEM, SMEM, HBM bytes, FLOPs and floor of kernels and steps, by the TPU compiler"
+    kernels = commands.add_parser("kernels", help=text, description=text)
+    kernels.add_argument("--op", action="append", metavar="OP", help="default: all; repeatable")
+    cases = "cases to compile, such as 'flash_decode_*' (default: those that tests compile)"
+    kernels.add_argument("--case", metavar="GLOB", help=cases)
+    chips = "v5e, v5p, v6e or TPU7x (default: all); repeatable"
+    kernels.add_argument("--chip", action="append", metavar="CHIP", help=chips)
+    return kernels
 
 
 def bench_model(args: argparse.Namespace) -> None:
@@ -126,7 +138,22 @@ def bench_engine(args: argparse.Namespace) -> None:
         print(json.dumps(figures) if args.json else overhead.line(figures), flush=True)
 
 
-COMMANDS = {"model": bench_model, "serve": bench_serve, "engine": bench_engine}
+def bench_kernels(args: argparse.Namespace) -> None:
+    from pallas_kernels import aot, bench
+
+    ops = bench.OPS | {"step": bench.Op("dsv4_jax.bench.step")}
+    if not args.json:
+        print(bench.HEADER, flush=True)
+    for row in bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case):
+        print(json.dumps(row) if args.json else bench.line(row), flush=True)
+
+
+COMMANDS = {
+    "model": bench_model,
+    "serve": bench_serve,
+    "engine": bench_engine,
+    "kernels": bench_kernels,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

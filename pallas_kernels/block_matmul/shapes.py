@@ -12,11 +12,14 @@ from pallas_kernels.block_matmul import api
 
 
 class Case(NamedTuple):
+    """Inputs are those of one of `groups` parts of a block-diagonal weight."""
+
     rows: int
     in_dim: int
     out_dim: int
     scale_dtype: str = "float8_e8m0fnu"
     rounds: bool = False
+    groups: int = 1
 
     @property
     def scale_shape(self) -> tuple[int, int]:
@@ -63,6 +66,9 @@ def _full_size() -> dict[str, Case]:
     }
     for name in ("flash_o_b_decode_64", "pro_o_b_decode_64", "pro_o_b_chunk_2048"):
         cases[f"{name}_base"] = cases[name]._replace(scale_dtype=BASE)
+    for model, outputs, groups in (("flash", 8192, 8), ("pro", 16384, 16)):
+        for step, rows in ROWS.items():
+            cases[f"{model}_o_a_{step}"] = Case(rows, 4096, outputs, groups=groups)
     return cases
 
 
@@ -71,6 +77,8 @@ REPRESENTATIVE = (
     "flash_q_b_decode_1",
     "flash_kv_decode_8",
     "flash_o_b_decode_64",
+    "pro_o_a_decode_64",
+    "flash_o_a_chunk_2048",
     "flash_q_a_chunk_2048",
     "pro_q_b_decode_64",
     "pro_o_b_decode_8",
@@ -86,15 +94,20 @@ def unavoidable_bytes(name: str) -> int:
     scale_rows, scale_lanes = case.scale_shape
     scales = scale_rows * scale_lanes * jnp.dtype(case.scale_dtype).itemsize
     weight = case.in_dim * case.out_dim + scales
-    return weight + 2 * case.rows * (case.in_dim + case.out_dim)
+    return weight + 2 * case.rows * (case.in_dim * case.groups + case.out_dim)
 
 
 def build(name: str) -> tuple[Callable, list]:
     """The kernel of a case and its arguments as (shape, dtype), for `aot.compile_for`."""
     case = (FULL | SMALL)[name]
-    fn = functools.partial(api.block_matmul, round_activations=case.rounds, implementation="pallas")
+    fn = functools.partial(
+        api.block_matmul,
+        groups=case.groups,
+        round_activations=case.rounds,
+        implementation="pallas",
+    )
     return fn, [
-        ((case.rows, case.in_dim), jnp.bfloat16),
+        ((case.rows, case.in_dim * case.groups), jnp.bfloat16),
         ((case.out_dim, case.in_dim), jnp.float8_e4m3fn),
         (case.scale_shape, jnp.dtype(case.scale_dtype)),
     ]

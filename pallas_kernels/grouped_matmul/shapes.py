@@ -77,8 +77,10 @@ def weight_args(case: Case, out_dim: int, in_dim: int) -> list:
     return [((*lead, in_dim), jnp.float8_e4m3fn), (blocks, jnp.dtype(case.scale_dtype))]
 
 
-def unavoidable_bytes(case: Case, stage: str) -> int:
+def unavoidable_bytes(name: str) -> int:
     """HBM bytes of one stage: weights of the experts in use, and its rows in and out, once."""
+    name, stage = name.split(":")
+    case = FULL[name]
     rows = case.tokens * case.per_token
     matrices = {"up": 2, "down": 1}[stage]
     blocks = -(-case.dim // 128) * -(-case.expert_dim // 128)

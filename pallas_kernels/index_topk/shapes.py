@@ -108,6 +108,34 @@ def arguments(case: Case) -> list[tuple[tuple[int, ...], Any]]:
     ]
 
 
+REPRESENTATIVE = (
+    "flash_decode_b8_128k_mask",
+    "flash_decode_b64_8k_mask",
+    "pro_decode_b8_1m_mask",
+    "flash_decode_b8_128k",
+    "flash_decode_b1_1m",
+    "pro_decode_b64_8k",
+    "pro_decode_b8_1m",
+    "flash_prefill_t2048_8k",
+    "pro_prefill_t2048_1m",
+    "flash_decode_b8_128k_plain",
+    "flash_prefill_t2048_128k_plain",
+    "flash_verify_b8_t4_128k",
+    "flash_decode_b256_1m_paged",
+    "flash_prefill_t2048_128k_paged",
+)
+
+
+def unavoidable_bytes(name: str) -> int:
+    """HBM bytes of a call at full visibility: keys of every sequence, queries, result, once."""
+    case = CASES[name]
+    key = case.channels // 2 + case.channels // 32 if case.packed else 2 * case.channels
+    queries = case.batch * case.fresh
+    result = case.keep if case.form == "rows" else -(-case.capacity // 4096) * 128
+    query = 2 * case.heads * (case.channels + 1) + 4
+    return case.batch * case.capacity * key + queries * (query + 4 * result)
+
+
 def build(name: str) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
     """The kernel of a named case and its arguments, for `pallas_kernels.aot`."""
     case = CASES[name]

@@ -68,6 +68,13 @@ def arguments(case: Case) -> list[tuple[tuple[int, ...], Any]]:
     return [*stores, *new, *where]
 
 
+def unavoidable_bytes(name: str) -> int:
+    """HBM bytes of a call: new entries, read and written."""
+    case = CASES[name]
+    entry = sum(width * jnp.dtype(kind).itemsize for width, kind in case.stores)
+    return 2 * case.batch * case.fresh * entry
+
+
 def build(name: str) -> tuple[Any, list[tuple[tuple[int, ...], Any]], tuple[int, ...]]:
     """The kernel of a case, its arguments, and those it may overwrite."""
     case = CASES[name]

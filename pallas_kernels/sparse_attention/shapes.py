@@ -178,6 +178,43 @@ def arguments(case: Case) -> list[Shape]:
     return shapes
 
 
+REPRESENTATIVE = (
+    "flash_decode_b64_window",
+    "flash_decode_b8_128k_hca",
+    "flash_decode_b64_8k_csa_masked",
+    "flash_decode_b8_128k_csa_masked",
+    "flash_decode_b8_128k_csa_masked_plain",
+    "flash_decode_b8_1m_csa_gathered",
+    "pro_decode_b64_8k_hca",
+    "pro_decode_b1_1m_csa_masked",
+    "pro_decode_b8_128k_csa_gathered",
+    "flash_prefill_t2048_128k_hca",
+    "pro_prefill_t2048_1m_csa_masked",
+    "flash_verify_b8_t4_128k_csa_masked",
+    "flash_heads8_prefill_t2048_128k_csa_masked",
+    "flash_decode_b8_128k_hca_paged",
+    "flash_decode_b256_1m_csa_masked_paged",
+    "flash_decode_b8_128k_csa_gathered_paged",
+    "flash_prefill_t2048_128k_csa_masked_paged",
+)
+
+
+def unavoidable_bytes(name: str) -> int:
+    """HBM bytes of a call at full visibility: every row in use, queries, output, choice, once."""
+    case = CASES[name]
+    packed = case.channels + case.rope + 8  # codes, scales, and two bytes for each rotary channel
+    row = packed if case.packed else 2 * case.channels
+    queries = case.batch * case.fresh
+    window = row if case.fresh == 1 else 2 * case.channels
+    total = case.batch * case.window_rows * window
+    total += queries * (4 * case.heads * case.channels + 4 * case.rope)
+    if case.form == "gathered":
+        return total + queries * case.keep * (row + 4)
+    if case.form == "masked":
+        total += queries * -(-case.capacity // 4096) * 512
+    return total + (0 if case.form == "window" else case.batch * case.capacity * row)
+
+
 def build(name: str) -> tuple[Any, list[Shape]]:
     """The kernel of a named case and its arguments, for `pallas_kernels.aot`."""
     case = CASES[name]

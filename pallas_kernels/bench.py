@@ -1,0 +1,128 @@
+"""What kernels cost, as the TPU compiler and their block sizes say: no TPU needed, nothing timed.
+
+Every case of every operation is compiled for every chip in a child process. A row says: VMEM of
+the largest kernel, SMEM, bytes that cross HBM, FLOPs, the floor time and what sets it, and bytes
+moved ÷ unavoidable bytes (every operand in use and every result once).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pallas_kernels import aot
+
+HEADER = (
+    "| case | chip | VMEM MiB | SMEM KiB | MB moved | ÷ unavoidable | GFLOP | floor µs | set by |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+class Op(NamedTuple):
+    """Where an operation's cases are. stages: parts of it that are compiled one by one."""
+
+    module: str
+    cases: str = "CASES"
+    stages: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """Every case, or every stage of every case."""
+        names = list(getattr(importlib.import_module(self.module), self.cases))
+        return [f"{n}:{s}" for n in names for s in self.stages] if self.stages else names
+
+    def representative(self) -> list[str]:
+        """The cases that tests compile too."""
+        kept = importlib.import_module(self.module).REPRESENTATIVE
+        return [name for name in self.names() if name.split(":")[0] in kept]
+
+    def unavoidable(self, name: str) -> int:
+        return importlib.import_module(self.module).unavoidable_bytes(name)
+
+
+OPS = {
+    "block_matmul": Op("pallas_kernels.block_matmul.shapes", "FULL"),
+    "grouped_matmul": Op("pallas_kernels.grouped_matmul.shapes", "FULL", ("up", "down")),
+    "mhc": Op("pallas_kernels.mhc.shapes", "FULL", ("mix", "spread")),
+    "index_topk": Op("pallas_kernels.index_topk.shapes"),
+    "sparse_attention": Op("pallas_kernels.sparse_attention.shapes"),
+    "row_update": Op("pallas_kernels.row_update.shapes"),
+}
+
+
+def select(ops: dict[str, Op], op: str, pattern: str | None) -> list[str]:
+    """Cases of an operation: those that match, or the representative ones without a pattern.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+    if op not in ops:
+        raise ValueError(f"{op!r} is no operation; there are {', '.join(ops)}")
+    if pattern is None:
+        return ops[op].representative()
+    return fnmatch.filter(ops[op].names(), pattern)
+
+
+def rows(
+    ops: dict[str, Op],
+    wanted: Sequence[str],
+    chips: Sequence[str],
+    pattern: str | None = None,
+    timeout_s: float = 3600,
+) -> Iterator[dict[str, Any]]:
+    """One result per case and chip, as soon as its operation is compiled for the chip.
+
+    Raises:
+        ValueError: unknown operation or chip, or libtpu is missing.
+    """
+    if reason := aot.skip_reason():
+        raise ValueError(reason)
+    for chip in chips:
+        if chip not in aot.CHIPS:
+            raise ValueError(f"{chip!r} is no chip; there are {', '.join(aot.CHIPS)}")
+    cases = {op: select(ops, op, pattern) for op in wanted}
+    for op, names in cases.items():
+        for chip in chips:
+            target = f"{ops[op].module}:build"
+            for report in aot.compile_isolated(target, names, [chip], timeout_s) if names else ():
+                yield _row(op, report, ops[op].unavoidable)
+
+
+def _row(op: str, report: aot.Report, unavoidable: Callable[[str], int]) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": op, "case": report.case, "chip": report.chip}
+    if report.error is not None:
+        return row | {"error": report.error}
+    chip = aot.CHIPS[report.chip]
+    compute, memory = report.flops / chip.flops, report.hbm_bytes / chip.hbm_rate
+    return row | {
+        "vmem_bytes": report.vmem_bytes,
+        "smem_bytes": report.smem_bytes,
+        "moved_bytes": int(report.hbm_bytes),
+        "unavoidable_bytes": unavoidable(report.case),
+        "flops": report.flops,
+        "floor_us": 1e6 * max(compute, memory),
+        "limit": "compute" if compute > memory else "HBM",
+        "argument_bytes": report.argument_bytes,
+        "temp_bytes": report.temp_bytes,
+        "copies": list(report.copies),
+        "moved": report.moved,
+        "buffers": list(report.buffers),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table under `HEADER`."""
+    if "error" in row:
+        short = "exceeds HBM" if "HbmOom" in row["error"] else row["error"].splitlines()[0][:120]
+        return f"| {row['case']} | {row['chip']} | {short} | | | | | | |"
+    cells = [
+        f"{row['vmem_bytes'] / 2**20:.1f}",
+        f"{row['smem_bytes'] / 2**10:.1f}",
+        f"{row['moved_bytes'] / 1e6:.4g}",
+        f"{row['moved_bytes'] / row['unavoidable_bytes']:.2f}",
+        f"{row['flops'] / 1e9:.4g}",
+        f"{row['floor_us']:.4g}",
+        row["limit"],
+    ]
+    return f"| {row['case']} | {row['chip']} | {' | '.join(cells)} |"
