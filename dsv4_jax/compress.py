@@ -124,7 +124,7 @@ def _advance(
             name: store.ring_push(ring[name], place, pos_B, count_B, new[name][:, 0])
             for name in ring
         }
-        return lambda: Recent(*_windows_of(ring, place, pos_B, ratio), None), ring
+        return lambda: _windows_of(ring, place, pos_B, ratio), ring
     old = history(ring, pos_B)
     recent = Recent(
         jnp.concatenate([old.values, new["values"]], axis=1),
@@ -140,8 +140,8 @@ def _advance(
 
 def _windows_of(
     ring: dict[str, store.Rows], place: store.Place, pos_B: Array, ratio: int
-) -> list[Array]:
-    """Ring values and scores in the order of the row that ends with position `pos_B`, if one does.
+) -> Recent:
+    """The ring in the order of the row that ends with position `pos_B`, if one does.
 
     The ring holds one window, which lies in order, or two, of which the later may come first.
     """
@@ -154,7 +154,7 @@ def _windows_of(
             return a
         return jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
 
-    return [read(name) for name in ("values", "scores")]
+    return Recent(read("values"), read("scores"), None)
 
 
 def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:

@@ -84,9 +84,10 @@ def _body(plan: Plan, num: int, *refs) -> None:
         lanes = pl.ds(pl.multiple_of(lax.rem(tile, per_block) * LANES, LANES), LANES)
         slot, out = item & (DEPTH - 1), []
         for n, (store, buffer) in enumerate(zip(stores, buffers, strict=True)):
-            ends = (store.at[layer_ref[0], owner, :, lanes], buffer.at[slot])
+            far, near = store.at[layer_ref[0], owner, :, lanes], buffer.at[slot]
+            source, target = (near, far) if write else (far, near)
             sem = (write_sem if write else read_sem).at[n, slot]
-            out.append(pltpu.make_async_copy(*(reversed(ends) if write else ends), sem))
+            out.append(pltpu.make_async_copy(source, target, sem))
         return out
 
     items, half = plan.batch * plan.tiles, DEPTH // 2

@@ -17,7 +17,7 @@ TEXT = """HloModule m
   %i = s32[] get-tuple-element(%state), index=0
   %w = f32[8,1024]{1,0} get-tuple-element(%state), index=1
   %row = f32[1024]{0:T(1024)S(1)} fusion(%w, %i), kind=kLoop, calls=%cut
-  %mine.3 = f32[1024]{0} custom-call(%row), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"bytes_accessed":"5000"}}
+  %mine.3 = f32[1024]{0} custom-call(%row), target="tpu_custom_call", {"bytes_accessed":"5000"}
   ROOT %out = (s32[], f32[8,1024]{1,0}, f32[1024]{0}) tuple(%i, %w, %mine.3)
 }
 
