@@ -43,9 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_engine):
+    for add in (add_serve, add_engine, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
-    add_kernels(commands)
     return ap
 
 
@@ -75,7 +74,7 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     return engine
 
 
-def add_kernels(commands: Any) -> None:
+def add_kernels(commands: Any) -> argparse.ArgumentParser:
     text = "VMEM, SMEM, HBM bytes, FLOPs and floor of kernels and steps, by the TPU compiler"
     kernels = commands.add_parser("kernels", help=text, description=text)
     kernels.add_argument("--op", action="append", metavar="OP", help="default: all; repeatable")
@@ -83,7 +82,7 @@ def add_kernels(commands: Any) -> None:
     kernels.add_argument("--case", metavar="GLOB", help=cases)
     chips = "v5e, v5p, v6e or TPU7x (default: all); repeatable"
     kernels.add_argument("--chip", action="append", metavar="CHIP", help=chips)
-    kernels.add_argument("--json", action="store_true", help="one JSON object a case, with more")
+    return kernels
 
 
 def bench_model(args: argparse.Namespace) -> None:
