@@ -13,8 +13,9 @@ OFF = "off"
 def default_folder() -> Path:
     """`$XDG_CACHE_HOME/dsv4_jax/xla`, by default below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
-    known = base is not None and Path(base).is_absolute()
-    return (Path(base) if known else Path.home() / ".cache") / "dsv4_jax" / "xla"
+    if base is None or not Path(base).is_absolute():  # relative ones are to be ignored, says XDG
+        base = Path.home() / ".cache"
+    return Path(base) / "dsv4_jax" / "xla"
 
 
 def use_compile_cache(folder: str | None) -> Path | None:
