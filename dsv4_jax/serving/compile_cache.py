@@ -12,10 +12,8 @@ OFF = "off"
 
 def default_folder() -> Path:
     """`$XDG_CACHE_HOME/dsv4_jax/xla`, by default below `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base is None or not Path(base).is_absolute():  # relative ones are to be ignored, says XDG
-        base = Path.home() / ".cache"
-    return Path(base) / "dsv4_jax" / "xla"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # one that is not absolute does not count
+    return (base if base.is_absolute() else Path.home() / ".cache") / "dsv4_jax" / "xla"
 
 
 def use_compile_cache(folder: str | None) -> Path | None:
@@ -34,7 +32,7 @@ def use_compile_cache(folder: str | None) -> Path | None:
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    known = jax.config.read("jax_compilation_cache_dir")
+    known: str | None = jax.config.values["jax_compilation_cache_dir"]
     path = Path(folder or known or default_folder())
     try:
         path.mkdir(parents=True, exist_ok=True)
