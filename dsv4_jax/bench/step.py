@@ -59,7 +59,7 @@ REPRESENTATIVE = ("flash_short_decode_b64_8k_e8",)
 def operands(case: Case) -> tuple[Any, Any, Any]:
     """Shapes of parameters, tokens and cache."""
     cfg = case.config()
-    params = jax.eval_shape(partial(model.init_params, cfg), jax.random.key(0))
+    params = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
     cache = jax.eval_shape(partial(init_cache, cfg, case.batch, case.context, NUM))
     return params, jax.ShapeDtypeStruct((case.batch, case.fresh), jnp.int32), cache
 
