@@ -86,7 +86,7 @@ def test_rounded_logits(folder, models, within):
 @pytest.mark.parametrize(
     "num, name, page",
     [
-        (Numerics("plain", "float32", "interpret"), "p130", 128),
+        (Numerics("plain", "float32", "interpret"), "p517", 512),
         (Numerics("reference", "bfloat16", "interpret"), "p517", 512),
     ],
     ids=["plain", "packed"],
