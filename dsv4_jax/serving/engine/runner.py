@@ -75,7 +75,10 @@ class Runner:
 
     def __init__(self, programs: Programs, config: SchedulerConfig) -> None:
         self.programs = programs
-        self.state = programs.init()
+        # Results of programs are bound to their device. A state that is not would be another
+        # signature, and the first program of the warm-up be compiled again for the first request.
+        device = next(iter(jax.tree.leaves(programs.params)[0].devices()))
+        self.state = jax.device_put(programs.init(), device)
         self._config = config
         self._scratch = config.num_slots
         shape = (config.num_slots + 1, programs.sizes.table_pages)

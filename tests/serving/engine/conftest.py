@@ -21,7 +21,8 @@ MAX_LEN, SLOTS = 1024, 3
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     cfg, num = presets.tiny().replace(max_len=MAX_LEN), Numerics()
-    params = init_params(cfg, jax.random.key(0))
+    # bound to a device, as those of a checkpoint are: else nothing shows what that compiles again
+    params = jax.device_put(init_params(cfg, jax.random.key(0)), jax.devices()[0])
     scheduling, sizes = plan_sizes(cfg, MAX_LEN, slots=SLOTS, cache_tokens=5 * MAX_LEN)
     scheduling = replace(scheduling, reserve_tokens=1)  # so that pages can run out
     engine = Engine(cfg, num, params, scheduling, sizes, "test", host_cache_bytes=64 << 20)
