@@ -35,6 +35,7 @@ say = partial(print, flush=True)
 class Plan:
     """What will be loaded; nothing of it is in memory yet."""
 
+    name: str  # of the model, to clients
     num: Numerics
     tokenizer: Tokenizer
     profile: encoding.Profile
@@ -67,7 +68,7 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     how = args.implementation or ("pallas" if num.kernels else "reference")
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     say(f"memory   {memory_plan(cfg, num, abstract(cfg, unit_specs(cfg)), sizes)}")
-    return Plan(num, tokenizer, profile, max_len, scheduling, sizes)
+    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes)
 
 
 def start(
@@ -104,6 +105,7 @@ def start(
         name,
         host_cache_bytes=int(args.host_cache_gib * GIB),
         step_timeout_s=args.step_timeout,
+        model_name=plan.name,
     )
     say("compiling …")
     service.phase = "compiling"

@@ -71,6 +71,7 @@ class Engine:
         fingerprint: Changes with anything that changes what the prefix cache holds.
         host_cache_bytes: Host memory for what the prefix cache evicts.
         step_timeout_s: A step that takes longer ends the engine.
+        model_name: What metrics call the model.
 
     Raises:
         ValueError: sizes that contradict each other.
@@ -86,6 +87,7 @@ class Engine:
         fingerprint: str = "",
         host_cache_bytes: int = 0,
         step_timeout_s: float = STEP_TIMEOUT_S,
+        model_name: str = "",
     ) -> None:
         if sizes.slots != scheduling.num_slots or sizes.max_len != scheduling.max_len:
             raise ValueError("sizes of device and scheduler differ")
@@ -96,7 +98,7 @@ class Engine:
         if host_cache_bytes < 0 or step_timeout_s <= 0:
             raise ValueError("host_cache_bytes must not be negative, step_timeout_s positive")
         self.max_len, self.config = scheduling.max_len, scheduling
-        self.metrics = metrics = Metrics(max_len=scheduling.max_len)
+        self.metrics = metrics = Metrics(model_name=model_name, max_len=scheduling.max_len)
         self.runner = Runner(Programs(cfg, num, params, sizes), scheduling)
         self.pages = PageAllocator(sizes.pages, sizes.page_tokens)
 
