@@ -15,6 +15,7 @@ from dsv4_jax.bench.case import DECODE_CHUNK, Case, measure, peak_gb
 from dsv4_jax.cache import Cache, init_cache
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.params import init_tree, unit_specs
 
 NUM = Numerics("plain", "float32")
 SCAN = False  # stacked layers cost a copy of their weights per step on CPU
@@ -24,11 +25,16 @@ def build(path: str) -> tuple[ModelConfig, model.Params]:
     """Random float32 weights of a configuration, whatever formats it names."""
     cfg = ModelConfig.from_hf(json.loads(Path(path).read_text()))
     cfg = cfg.replace(dense_format=None, expert_format=None)
-    leaves, tree = jax.tree.flatten(model.init_params(cfg, jax.random.key(0), SCAN))
-    for i, leaf in enumerate(leaves):  # one by one, so that no second copy of the model appears
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaves[i] = leaf.astype(jnp.float32)
-    return cfg, jax.block_until_ready(jax.tree.unflatten(tree, leaves))
+    units = unit_specs(cfg)
+    keys = dict(zip(units, jax.random.split(jax.random.key(0), len(units)), strict=True))
+
+    def wide(a: jax.Array) -> jax.Array:
+        return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    def load(unit: str):  # unit by unit, so that no second copy of the model appears
+        return jax.block_until_ready(jax.tree.map(wide, init_tree(keys[unit], cfg, units[unit])))
+
+    return cfg, model.group_params(cfg, load, SCAN)
 
 
 def run(path: str, case: Case) -> None:
