@@ -126,15 +126,26 @@ class Runner:
         self.state = programs.start_slot(self.state, scratch, first)
         uses = count_uses([0], [], programs.vocab_size)
         self.state = programs.set_uses(self.state, scratch, uses)
+        # What comes back may still be on its way to the host, or be there: two signatures.
+        for is_there in (False, True):
+            self._warm_up_returns(is_there)
+        jax.block_until_ready(self.state)
+
+    def _warm_up_returns(self, is_there: bool) -> None:
+        """Takes pages, a slot and a checkpoint out and puts them back."""
+        programs, slot, handle = self.programs, np.int32(self._scratch), np.int32(0)
+
+        def out(tree: Any) -> Any:
+            return jax.device_get(tree) if is_there else tree
+
         for count in (1, PAGES_AT_ONCE):
             pages = np.zeros(count, np.int32)
-            rows = jax.device_get(programs.read_pages(self.state, pages))
+            rows = out(programs.read_pages(self.state, pages))
             self.state = programs.write_pages(self.state, pages, rows)
-        rings = jax.device_get(programs.read_slot(self.state, scratch))
-        self.state = programs.write_slot(self.state, scratch, rings)
-        rings = jax.device_get(programs.read_checkpoint(self.state, first))
-        self.state = programs.write_checkpoint(self.state, first, rings)
-        jax.block_until_ready(self.state)
+        rings = out(programs.read_slot(self.state, slot))
+        self.state = programs.write_slot(self.state, slot, rings)
+        rings = out(programs.read_checkpoint(self.state, handle))
+        self.state = programs.write_checkpoint(self.state, handle, rings)
 
     def is_intact(self) -> bool:
         """Whether the state is there and free of errors; waits for what is under way."""
