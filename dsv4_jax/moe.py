@@ -57,7 +57,7 @@ def _hashed(table_VA: Array, tokens_U: Array) -> Array:
 def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) -> Array:
     """`linear` with entry `which` of a stack of weights (None: `weight` is no stack).
 
-    XLA on CPU copies a matrix that it picks at run time but reads a fixed one in place, so there a
+    XLA on CPU copies a matrix that it picks at run time twice as slowly as a fixed one, so there a
     branch per expert picks it. Quantised weights are decoded into a copy anyway.
     """
 

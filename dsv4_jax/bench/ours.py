@@ -6,33 +6,43 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax import model
 from dsv4_jax.bench.case import DECODE_CHUNK, Case, measure, peak_gb
 from dsv4_jax.cache import Cache, init_cache
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.params import init_tree, unit_specs
+from dsv4_jax.params import ParamSpec, is_spec, unit_specs
 
 NUM = Numerics("plain", "float32")
 SCAN = False  # stacked layers cost a copy of their weights per step on CPU
 
 
 def build(path: str) -> tuple[ModelConfig, model.Params]:
-    """Random float32 weights of a configuration, whatever formats it names."""
+    """Random float32 weights of a configuration, whatever formats it names.
+
+    Made by NumPy: programs that make them would stay in memory, and they are not what is measured.
+    """
     cfg = ModelConfig.from_hf(json.loads(Path(path).read_text()))
     cfg = cfg.replace(dense_format=None, expert_format=None)
     units = unit_specs(cfg)
-    keys = dict(zip(units, jax.random.split(jax.random.key(0), len(units)), strict=True))
+    rng = np.random.default_rng(0)
 
-    def wide(a: jax.Array) -> jax.Array:
-        return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    def value(spec: ParamSpec) -> jax.Array:
+        if spec.init == "hash":
+            table = rng.random((spec.shape[0], cfg.num_experts)).argsort(axis=1)
+            return jnp.asarray(table[:, : spec.shape[1]].astype(np.int32))
+        if spec.init in ("ones", "zeros"):
+            return jnp.asarray(np.full(spec.shape, spec.init == "ones", np.float32))
+        return jnp.asarray(rng.standard_normal(spec.shape, np.float32) * np.float32(cfg.init_std))
 
-    def load(unit: str):  # unit by unit, so that no second copy of the model appears
-        return jax.block_until_ready(jax.tree.map(wide, init_tree(keys[unit], cfg, units[unit])))
+    def load(unit: str) -> Any:
+        return jax.tree.map(value, units[unit], is_leaf=is_spec)
 
     return cfg, model.group_params(cfg, load, SCAN)
 
