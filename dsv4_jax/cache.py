@@ -49,13 +49,20 @@ LayerCache = dict[str, Any]
 class PackedRows:
     """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
 
-    Bits of: codes float8_e4m3fn `[..., H-R]`, scales float8_e8m0fnu `[..., ⌈(H-R)/64⌉]` (filled up
-    to whole words, 8 bytes, where kernels read them), rope bfloat16 `[..., R]`.
+    Bytes. values: float8_e4m3fn `[..., H-R]`, then bfloat16, low byte first: `[..., H-R + 2·R]`.
+    scales: float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, filled up to whole words, 8 bytes, where kernels
+    read them. An array of 16-bit values apart would be copied by some TPUs: they tile it otherwise
+    than kernels do.
     """
 
-    codes: Array
+    values: Array
     scales: Array
-    rope: Array
+    rope_dim: int = struct.field(pytree_node=False)
+
+    @property
+    def still(self) -> int:
+        """Channels in FP8."""
+        return self.values.shape[-1] - 2 * self.rope_dim
 
 
 @struct.dataclass
@@ -180,9 +187,9 @@ def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
         return _bits(jnp.zeros((*lead, cfg.head_dim), num.jnp_dtype))
     still = cfg.head_dim - cfg.rope_dim
     return PackedRows(
-        codes=jnp.zeros((*lead, still), jnp.uint8),
+        values=jnp.zeros((*lead, still + 2 * cfg.rope_dim), jnp.uint8),
         scales=jnp.full((*lead, _scale_bytes(still, num)), E8M0_ONE, jnp.uint8),
-        rope=jnp.zeros((*lead, cfg.rope_dim), jnp.uint16),
+        rope_dim=cfg.rope_dim,
     )
 
 
@@ -211,15 +218,26 @@ def _floats(x: Array, dtype: str) -> Array:
     return lax.bitcast_convert_type(x, jnp.dtype(dtype))
 
 
+def _to_bytes(x: Array) -> Array:
+    """bfloat16 `[..., R]` as uint8 `[..., 2·R]`, low byte first."""
+    both = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint8)
+    return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
+
+
+def _from_bytes(x: Array) -> Array:
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.bfloat16)
+
+
 def pack(like: Rows, x: Array) -> Rows:
     """Values `[..., H]` (already rounded) in the storage form of `like`. Exact."""
     if isinstance(like, PackedRows):
-        still = like.codes.shape[-1]
+        still = like.still
         codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
         bits = _bits(scales.astype(jnp.float8_e8m0fnu))
         spare = like.scales.shape[-1] - bits.shape[-1]
         bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, spare)], constant_values=E8M0_ONE)
-        return PackedRows(_bits(codes), bits, _bits(x[..., still:]))
+        values = jnp.concatenate([_bits(codes), _to_bytes(x[..., still:])], axis=-1)
+        return PackedRows(values, bits, like.rope_dim)
     if isinstance(like, PackedKeys):
         values, scales = quantize_fp4(x)
         return PackedKeys(pack_fp4(values), _bits(scales.astype(jnp.float8_e8m0fnu)))
@@ -229,10 +247,11 @@ def pack(like: Rows, x: Array) -> Rows:
 def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
     """Values of stored rows or keys `[..., H]`."""
     if isinstance(rows, PackedRows):
-        used = rows.scales[..., : -(-rows.codes.shape[-1] // KV_BLOCK)]
-        codes, scales = _floats(rows.codes, "float8_e4m3fn"), _floats(used, "float8_e8m0fnu")
+        scales = _floats(rows.scales[..., : -(-rows.still // KV_BLOCK)], "float8_e8m0fnu")
+        codes = _floats(rows.values[..., : rows.still], "float8_e4m3fn")
         still = dequantize_fp8(codes, scales, KV_BLOCK).astype(dtype)
-        return jnp.concatenate([still, _floats(rows.rope, "bfloat16").astype(dtype)], axis=-1)
+        rest = _from_bytes(rows.values[..., rows.still :]).astype(dtype)
+        return jnp.concatenate([still, rest], axis=-1)
     if isinstance(rows, PackedKeys):
         values = unpack_fp4(rows.codes)
         scales = _floats(rows.scales, "float8_e8m0fnu").astype(jnp.float32)

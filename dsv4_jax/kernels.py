@@ -96,7 +96,7 @@ def _compressed(
 
 def _rows(rows: store.Rows) -> sparse_attention.RowStore:
     if isinstance(rows, store.PackedRows):
-        return sparse_attention.PackedRows(rows.codes, rows.scales, rows.rope)
+        return sparse_attention.PackedRows(rows.values, rows.scales)
     assert isinstance(rows, Array)
     return rows
 

@@ -32,9 +32,9 @@ def update_rows(
 ) -> tuple[Array, ...]:
     """Stores the first `count_B` of `new` as entries first_B, first_B + 1, … of each sequence.
 
-    stores: uint8 or uint16 `[L, O, C, K]`, all with the same L, O and C. Donate them: the kernel
+    stores: uint8 `[L, O, C, K]`, all with the same L, O and C. Donate them: the kernel
         writes in place.
-    new: for each store `[B, T, K]` of its dtype.
+    new: for each store uint8 `[B, T, K]`.
     owner_BJ: the second index of block j of a sequence's entries, `[B, J]` int32, where blocks have
         C entries. No two sequences may write to the same owner.
     layer: entry of the leading dimension.
@@ -64,11 +64,9 @@ def update_rows(
 def _check(stores, new, owner_BJ: Array, first_B: Array, count_B: Array) -> None:
     lead, (batch, fresh) = stores[0].shape[:3], new[0].shape[:2]
     for n, (store, rows) in enumerate(zip(stores, new, strict=True)):
-        if store.dtype not in (jnp.uint8, jnp.uint16) or store.ndim != 4:
-            raise ValueError(
-                f"stores[{n}] is {store.dtype}{list(store.shape)}, must be uint8 or "
-                "uint16 [L, O, C, K]"
-            )
+        if store.dtype != jnp.uint8 or store.ndim != 4:
+            found = f"{store.dtype}{list(store.shape)}"
+            raise ValueError(f"stores[{n}] is {found}, must be uint8 [L, O, C, K]")
         if store.shape[:3] != lead:
             raise ValueError(f"stores[{n}]{list(store.shape)} must begin with {list(lead)}")
         wanted = (batch, fresh, store.shape[3])
@@ -86,7 +84,7 @@ def _check(stores, new, owner_BJ: Array, first_B: Array, count_B: Array) -> None
 def _kernel(stores, new, owner_BJ, first_B, count_B, layer, *, interpret) -> tuple[Array, ...]:
     kernel.check(stores, new)
     columns = tuple(jnp.swapaxes(store, 2, 3) for store in stores)
-    source_XS = jnp.concatenate([_bytes(rows) for rows in new])
+    source_XS = jnp.concatenate([rows.reshape(-1, rows.shape[2]).T for rows in new])
     source_XS = jnp.pad(source_XS, ((0, 0), (0, kernel.padding(source_XS.shape[1]))))
     size, (_, blocks) = stores[0].shape[2], owner_BJ.shape
     count_B = jnp.clip(blocks * size - first_B, 0, count_B)
@@ -103,12 +101,3 @@ def _kernel(stores, new, owner_BJ, first_B, count_B, layer, *, interpret) -> tup
         interpret=interpret,
     )
     return tuple(jnp.swapaxes(column, 2, 3) for column in updated)
-
-
-def _bytes(rows: Array) -> Array:
-    """Entries `[B, T, K]` as columns of bytes `[K, B·T]`; uint16 as low bytes, then high ones."""
-    columns = rows.reshape(-1, rows.shape[2]).T
-    if columns.dtype == jnp.uint8:
-        return columns
-    low, high = columns & jnp.uint16(255), columns >> jnp.uint16(8)
-    return jnp.concatenate([low, high]).astype(jnp.uint8)

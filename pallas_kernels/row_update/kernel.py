@@ -6,7 +6,7 @@
       new bytes [X, S] in VMEM ── one-hot matmul ──┴─► where(written, new, old) ──DMA──► HBM
 
 The one-hot product moves source columns to their lanes: bytes are exact in bfloat16, so the matrix
-unit shifts them. Arrays of 16 bits travel as two planes of bytes.
+unit shifts them.
 """
 
 from __future__ import annotations
@@ -149,9 +149,6 @@ def _replace(plan: Plan, new_ref, buffers, slot: Array, b: Array, begin: Array, 
         width = buffer.shape[1]
         fresh = moved[at : at + width]
         at += width
-        if buffer.dtype == jnp.uint16:
-            fresh = fresh | (moved[at : at + width] << 8)
-            at += width
         old = buffer[slot].astype(i32)
         buffer[slot] = jnp.where(written, fresh, old).astype(buffer.dtype)
 
@@ -171,7 +168,7 @@ def update_rows(
     batch, blocks = owner_BJ.shape
     plan = Plan(batch, fresh, blocks, columns[0].shape[3], source_XS.shape[1])
     num, hbm = len(columns), pl.BlockSpec(memory_space=pltpu.HBM)
-    tile_bytes = sum(a.shape[2] * LANES * a.dtype.itemsize for a in columns)
+    tile_bytes = sum(a.shape[2] * LANES for a in columns)
     return pl.pallas_call(
         partial(_body, plan, num),
         out_shape=tuple(paging.hbm_shape(a, interpret) for a in columns),

@@ -21,16 +21,15 @@ MAX_QUERIES = 1 << 15  # their limits live in SMEM
 
 
 class PackedRows(NamedTuple):
-    """Rows as bits: FP8 codes uint8 `[L, B, S, H-R]`, e8m0 scales uint8 `[L, B, S, (H-R)/64]`,
-    bfloat16 rest uint16 `[L, B, S, R]`.
+    """Rows as bytes (uint8): FP8 codes and then the bfloat16 rest, low byte first,
+    `[L, B, S, H-R + 2·R]`; e8m0 scales `[L, B, S, (H-R)/64]`.
 
     Scales may be followed by unused bytes. Eight in all keep the array in the layout that the
     kernel reads; seven would be copied on every call.
     """
 
-    codes: Array
+    values: Array
     scales: Array
-    rope: Array
 
 
 RowStore = PackedRows | Array
@@ -174,15 +173,16 @@ def _row_shapes(
     layers, owners, size = jax.tree.leaves(rows)[0].shape[:3]
     lead = (layers, batch or owners, size)
     if isinstance(rows, PackedRows):
-        still = channels - rows.rope.shape[-1]
-        blocks = max(-(-still // BLOCK), rows.scales.shape[-1])
-        kinds = (rows.codes.dtype, rows.scales.dtype, rows.rope.dtype)
-        if kinds != (jnp.uint8, jnp.uint8, jnp.uint16):
-            raise ValueError(f"{name} holds {kinds}, not the bits uint8, uint8, uint16")
+        width = rows.values.shape[-1]
+        if not channels <= width <= 2 * channels:
+            raise ValueError(f"{name}.values has {width} bytes a row for {channels} channels")
+        blocks = max(-(-(2 * channels - width) // BLOCK), rows.scales.shape[-1])
+        kinds = (rows.values.dtype, rows.scales.dtype)
+        if set(kinds) != {jnp.dtype(jnp.uint8)}:
+            raise ValueError(f"{name} holds {kinds}, not bytes (uint8)")
         return [
-            (f"{name}.codes", rows.codes, (*lead, still)),
+            (f"{name}.values", rows.values, (*lead, width)),
             (f"{name}.scales", rows.scales, (*lead, blocks)),
-            (f"{name}.rope", rows.rope, (*lead, channels - still)),
         ]
     if rows.dtype not in (jnp.bfloat16, jnp.uint16, jnp.float32):
         raise ValueError(f"{name} is {rows.dtype}, not bfloat16, its bits, or float32")
@@ -246,11 +246,12 @@ def _store(rows: RowStore, q_BTNH: Array, tile: int, depth: int) -> kernel.Store
     if isinstance(rows, PackedRows):
         if q_BTNH.dtype != jnp.bfloat16:
             raise NotImplementedError(f"queries {q_BTNH.dtype} with packed rows")
-        if rows.codes.shape[-1] % BLOCK or rows.rope.shape[-1] % 16:
+        rest = rows.values.shape[-1] - q_BTNH.shape[-1]
+        if (q_BTNH.shape[-1] - rest) % BLOCK or rest % 16:
             raise NotImplementedError("packed rows in whole blocks of 64 channels only")
     elif (q_BTNH.dtype == jnp.float32) != (rows.dtype == jnp.float32):
         raise NotImplementedError(f"queries {q_BTNH.dtype} with rows {rows.dtype}")
-    return kernel.Store(packed, tile, depth, 3 if packed else 1)
+    return kernel.Store(packed, q_BTNH.shape[-1], tile, depth, 2 if packed else 1)
 
 
 def _columns(rows: RowStore) -> tuple[Array, ...]:
@@ -349,18 +350,20 @@ def _turn(cos_BTr: Array, sin_BTr: Array) -> tuple[Array, Array]:
     return jnp.pad(cos, front, constant_values=1), jnp.pad(sin, front)
 
 
-def _unpacked(rows: RowStore, layer: Array | int, table_BP: Array | None) -> Array:
+def _unpacked(rows: RowStore, channels: int, layer: Array | int, table_BP: Array | None) -> Array:
     if isinstance(rows, PackedRows):
-        return reference.unpack_rows(*(paging.unpaged(a, layer, table_BP) for a in rows))
+        flat = (paging.unpaged(a, layer, table_BP) for a in rows)
+        return reference.unpack_rows(*flat, channels=channels)
     return reference.plain_rows(paging.unpaged(rows, layer, table_BP))
 
 
 def _reference(q_BTNH, sink_N, window, compressed, rotation) -> Array:
-    rows = _unpacked(window.rows, window.layer, None)[_slots(window)][:, None]
+    channels = q_BTNH.shape[-1]
+    rows = _unpacked(window.rows, channels, window.layer, None)[_slots(window)][:, None]
     index = jnp.arange(rows.shape[2])[None, None]
     mask = (index >= window.start_BT[..., None]) & (index < window.stop_BT[..., None])
     if compressed is not None:
-        more = _unpacked(compressed.rows, compressed.layer, compressed.table_BP)
+        more = _unpacked(compressed.rows, channels, compressed.layer, compressed.table_BP)
         if compressed.chosen_BTK is not None:
             more = more.reshape(*more.shape[:2], -1)
             batch = jnp.arange(more.shape[0])[:, None, None]

@@ -8,12 +8,15 @@ from jax import Array, lax
 BLOCK = 64  # channels that share a scale
 
 
-def unpack_rows(codes: Array, scales: Array, rope: Array) -> Array:
-    """Float32 rows `[..., H]` of FP8 codes, e8m0 scales and bfloat16 rest, all given as bits."""
-    values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+def unpack_rows(values: Array, scales: Array, channels: int) -> Array:
+    """Float32 rows `[..., H]` of bytes: FP8 codes, then bfloat16; e8m0 scales."""
+    codes, pairs = jnp.split(values, [2 * channels - values.shape[-1]], axis=-1)
+    codes = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
     powers = lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu).astype(jnp.float32)
-    still = values * jnp.repeat(powers, BLOCK, axis=-1)[..., : values.shape[-1]]  # some may be left
-    return jnp.concatenate([still, plain_rows(rope)], axis=-1)
+    still = codes * jnp.repeat(powers, BLOCK, axis=-1)[..., : codes.shape[-1]]  # some may be left
+    pairs = pairs.reshape(*pairs.shape[:-1], -1, 2)
+    rest = lax.bitcast_convert_type(pairs, jnp.bfloat16).astype(jnp.float32)
+    return jnp.concatenate([still, rest], axis=-1)
 
 
 def plain_rows(rows: Array) -> Array:

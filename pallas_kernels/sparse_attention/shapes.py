@@ -98,7 +98,7 @@ SMALL = {
 def rows_of(case: Case, *args: Any) -> tuple[api.RowStore, list[Any]]:
     """A row store from the front of `args`, and what is left."""
     if case.packed:
-        return api.PackedRows(*args[:3]), list(args[3:])
+        return api.PackedRows(*args[:2]), list(args[2:])
     return args[0], list(args[1:])
 
 
@@ -133,13 +133,9 @@ Shape = tuple[tuple[int, ...], Any]
 
 def _store(case: Case, owners: int, size: int) -> list[Shape]:
     lead = (case.layers, owners, size)
-    still = case.channels - case.rope
     if case.packed:
-        return [
-            ((*lead, still), jnp.uint8),
-            ((*lead, case.scales), jnp.uint8),
-            ((*lead, case.rope), jnp.uint16),
-        ]
+        widths = (case.channels + case.rope, case.scales)
+        return [((*lead, width), jnp.uint8) for width in widths]
     return [((*lead, case.channels), jnp.uint16)]
 
 

@@ -38,7 +38,8 @@ def row_store(rng, case, size, layers=None, packed=None):
         scales = rng.integers(124, 129, (*lead, case.scales)).astype(np.uint8)
         scales[..., still // 64 :] = 255  # the unused bytes
         rope = rng.normal(size=(*lead, case.rope)).astype(ml_dtypes.bfloat16)
-        return [jnp.asarray(a) for a in (codes.view(np.uint8), scales, rope.view(np.uint16))]
+        values = np.concatenate([codes.view(np.uint8), rope.view(np.uint8)], axis=-1)
+        return [jnp.asarray(values), jnp.asarray(scales)]
     values = rng.normal(size=(*lead, case.channels)) * 2.0 ** rng.integers(-2, 2, (*lead, 1))
     return [jnp.asarray(values.astype(ml_dtypes.bfloat16).view(np.uint16))]
 
@@ -91,7 +92,7 @@ def placed(case, args):
     """The same arguments with rings in their slots and compressed rows in their pages."""
     if not case.page:
         return args
-    args, width = list(args), 3 if case.packed else 1
+    args, width = list(args), 2 if case.packed else 1
     first = 7 if case.turned else 5
     slots, table = args[first + width], args[-1]
     for n in range(first, first + width):
@@ -110,8 +111,7 @@ def by_loops(case, args):
 
     def rows_from(rest, size, packed):
         if packed:
-            codes, scales, rope = (rest.pop(0) for _ in range(3))
-            rows = store.PackedRows(codes, scales[..., : codes.shape[-1] // 64], rope)
+            rows = store.PackedRows(rest.pop(0), rest.pop(0), case.rope)
         else:
             rows = rest.pop(0).reshape(-1, case.batch, size, case.channels)
         index = int(layer) if rows is not None and jax.tree.leaves(rows)[0].shape[0] > 1 else 0
@@ -191,16 +191,19 @@ def test_every_fp8_code_and_scale_decodes_exactly():
     codes = np.concatenate([np.roll(codes, 97 * n, axis=0) for n in range(4)], axis=1)
     scales = np.resize(np.arange(10, 246, dtype=np.uint8), (8, codes.shape[1]))
     rope = np.arange(64 * codes.shape[1], dtype=np.uint16).reshape(64, -1) % 0x7F80
+    rope = np.stack([rope & 255, rope >> 8], axis=1).reshape(128, -1).astype(np.uint8)
 
-    def body(codes_ref, scales_ref, rope_ref, out_ref):
-        out_ref[...] = kernel.decode_columns(codes_ref[...], scales_ref[...], rope_ref[...])
+    values = np.concatenate([codes, rope])
+
+    def body(values_ref, scales_ref, out_ref):
+        out_ref[...] = kernel.decode_columns(values_ref[...], scales_ref[...], 512)
 
     out = jax.ShapeDtypeStruct((512, codes.shape[1]), jnp.bfloat16)
-    decoded = pl.pallas_call(body, out_shape=out, interpret=True)(codes, scales, rope)
-    stored = store.PackedRows(*(jnp.asarray(a.T) for a in (codes, scales[:7], rope)))
+    decoded = pl.pallas_call(body, out_shape=out, interpret=True)(values, scales)
+    stored = store.PackedRows(jnp.asarray(values.T), jnp.asarray(scales[:7].T), 64)
     wanted = store.unpack(stored, jnp.float32)
     np.testing.assert_array_equal(np.asarray(decoded, np.float32), wanted.T)
-    ours = reference.unpack_rows(*(jnp.asarray(a.T) for a in (codes, scales, rope)))
+    ours = reference.unpack_rows(jnp.asarray(values.T), jnp.asarray(scales.T), 512)
     np.testing.assert_array_equal(ours, wanted)
 
 
@@ -215,7 +218,8 @@ def test_reference_equals_the_model(fresh):
     tokens = jnp.zeros((3, fresh), jnp.int32)
     chunk = Chunk(pos_B, jnp.full(3, fresh, jnp.int32), tokens, turn, turn)
     ring, rows = (
-        store.PackedRows(*row_store(rng, case, size)) for size in (case.window, case.capacity)
+        store.PackedRows(*row_store(rng, case, size), case.rope)
+        for size in (case.window, case.capacity)
     )
     args = arguments(case)
     kv = jnp.asarray(rng.normal(size=(3, fresh, case.channels)), jnp.bfloat16)
@@ -231,7 +235,7 @@ def test_reference_equals_the_model(fresh):
     )
     bounds = api.window_bounds(pos_B, fresh, recent.shape[1], case.window)
     visible = (pos_B[:, None] + jnp.arange(fresh)[None] + 1) // 128
-    packed = api.PackedRows(rows.codes, rows.scales, rows.rope)
+    packed = api.PackedRows(rows.values, rows.scales)
     out = api.sparse_attention(
         args[0],
         args[1],
