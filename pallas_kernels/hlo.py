@@ -208,7 +208,7 @@ def _use(module: Module, computation: str, name: str) -> tuple[int | None, int]:
             more = sum(b.size for b in user.buffers), 0
         elif user.kind in UPDATE_AT and at == 0:
             more = 0, sum(b.size for b in inner[user.operands[UPDATE_AT[user.kind]]].buffers)
-        elif user.kind in ("bitcast", "reshape", "tuple"):
+        elif user.kind in ("bitcast", "reshape", "tuple") or _is_view(user, at):
             more = _use(module, computation, user.name)
         elif user.kind == "fusion":
             target = _called(user, "calls")
@@ -217,6 +217,11 @@ def _use(module: Module, computation: str, name: str) -> tuple[int | None, int]:
             return None, 0
         sliced, updated = sliced + more[0], updated + more[1]
     return sliced, updated
+
+
+def _is_view(user: Op, at: int) -> bool:
+    """Whether a nested fusion only names its operand's tiles otherwise: its result aliases it."""
+    return user.kind == "fusion" and f"output_to_operand_aliasing={{{{}}: ({at}, {{}})}}" in user.rest
 
 
 def _updates(inner: dict[str, Op]) -> int:
