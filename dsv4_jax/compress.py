@@ -14,6 +14,7 @@ from dsv4_jax.config import CSA
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.rope import Rotation, rotate, rotation
+from pallas_kernels.compress_step.api import compress_step
 
 
 class Chunk(NamedTuple):
@@ -72,16 +73,38 @@ def compress(
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
     place = chunk.place(index)
-    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
     first_B = chunk.pos_B // ratio
     count_B = (chunk.pos_B + chunk.count_B) // ratio - first_B
+
+    def finish(rows_BCd: Array) -> Array:
+        rows_BCH = rms_norm(num.cast(rows_BCd), weights["norm"], norm_eps, num)
+        positions_BC = (first_B[:, None] + jnp.arange(rows_BCd.shape[1])[None]) * ratio
+        return rotate(rows_BCH, rotation(freqs, positions_BC), num)
+
+    if fresh == 1 and num.kernels:
+        try:
+            step = compress_step(
+                ring["values"],
+                ring["scores"],
+                values_BTd[:, 0],
+                scores_BTd[:, 0],
+                chunk.pos_B,
+                chunk.count_B,
+                ratio=ratio,
+                layer=index,
+                slots_B=chunk.slots_B,
+                implementation=num.kernels,  # type: ignore[arg-type]
+            )
+            ring = {"values": step.values, "scores": step.scores}
+            return NewRows(finish(step.rows_Bd[:, None]), first_B, count_B), ring
+        except NotImplementedError:
+            if num.implementation is not None:
+                raise
+    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
     num_new = -(-fresh // ratio)
 
     def finished(_) -> Array:
-        rows = num.cast(_pool_windows(recent(), chunk.pos_B, num_new, ratio, row_dim))
-        rows_BCH = rms_norm(rows, weights["norm"], norm_eps, num)
-        positions_BC = (first_B[:, None] + jnp.arange(num_new)[None]) * ratio
-        return rotate(rows_BCH, rotation(freqs, positions_BC), num)
+        return finish(_pool_windows(recent(), chunk.pos_B, num_new, ratio, row_dim))
 
     if fresh >= ratio:
         return NewRows(finished(None), first_B, count_B), ring

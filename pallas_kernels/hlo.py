@@ -221,7 +221,9 @@ def _use(module: Module, computation: str, name: str) -> tuple[int | None, int]:
 
 def _is_view(user: Op, at: int) -> bool:
     """Whether a nested fusion only names its operand's tiles otherwise: its result aliases it."""
-    return user.kind == "fusion" and f"output_to_operand_aliasing={{{{}}: ({at}, {{}})}}" in user.rest
+    return (
+        user.kind == "fusion" and f"output_to_operand_aliasing={{{{}}: ({at}, {{}})}}" in user.rest
+    )
 
 
 def _updates(inner: dict[str, Op]) -> int:

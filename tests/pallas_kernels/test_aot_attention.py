@@ -22,7 +22,7 @@ def check(reports):
 
 
 @pytest.mark.parametrize("chip", aot.CHIPS)
-@pytest.mark.parametrize("op", ["index_topk", "sparse_attention", "row_update"])
+@pytest.mark.parametrize("op", ["compress_step", "index_topk", "sparse_attention", "row_update"])
 def test_kernels_compile_without_copies(op, chip):
     shapes = importlib.import_module(f"pallas_kernels.{op}.shapes")
     check(aot.compile_isolated(f"{shapes.__name__}:build", shapes.REPRESENTATIVE, [chip]))

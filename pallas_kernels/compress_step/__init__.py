@@ -1,0 +1,1 @@
+"""One token into the compressor rings, and the rows that it completes."""
