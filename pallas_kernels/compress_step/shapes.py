@@ -47,9 +47,12 @@ SMALL = {
 
 def call(case: Case, implementation: api.Implementation | None, *args: Any) -> api.Step:
     """The public function of a case on the arrays of `arguments`."""
-    *rings_and_new, pos_B, count_B, layer = args[:7]
+    values, scores, new_values, new_scores, pos_B, count_B, layer = args[:7]
     return api.compress_step(
-        *rings_and_new,
+        values,
+        scores,
+        new_values,
+        new_scores,
         pos_B,
         count_B,
         ratio=case.ratio,

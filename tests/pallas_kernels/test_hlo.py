@@ -8,7 +8,7 @@ TEXT = """HloModule m
   %p0 = f32[8,1024]{1,0} parameter(0)
   %p1 = s32[] parameter(1)
   %zero = s32[] constant(0)
-  %view = f32[8,1024]{1,0:T(8,128)} fusion(%p0), output_to_operand_aliasing={{}: (0, {})}, calls=%same
+  %view = f32[8,1024]{1,0} fusion(%p0), output_to_operand_aliasing={{}: (0, {})}, calls=%same
   %slice = f32[1,1024]{1,0} dynamic-slice(%view, %p1, %zero), dynamic_slice_sizes={1,1024}
   ROOT %flat = f32[1024]{0} bitcast(%slice)
 }
