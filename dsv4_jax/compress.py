@@ -54,13 +54,13 @@ def pool(values: Array, scores: Array) -> Array:
 def compress(
     weights: dict[str, Any],
     x_BTD: Array,
-    ring: dict[str, store.Rows],
+    ring: dict[str, Any],
     index: Array,
     chunk: Chunk,
     num: Numerics,
     norm_eps: float,
     freqs: Any,
-) -> tuple[NewRows, dict[str, store.Rows]]:
+) -> tuple[NewRows, dict[str, Any]]:
     """Rows completed by this chunk (normed and rotated, not yet rounded to low precision).
 
     The state is a ring of the last windows' projected tokens, values and scores, in float32. A row
@@ -126,16 +126,16 @@ class Recent(NamedTuple):
 
 
 def _advance(
-    ring: dict[str, store.Rows],
+    ring: dict[str, Any],
     new: dict[str, Array],
     place: store.Place,
     chunk: Chunk,
     ratio: int,
-) -> tuple[Callable[[], Recent], dict[str, store.Rows]]:
+) -> tuple[Callable[[], Recent], dict[str, Any]]:
     """A way to read the ring's history with the chunk behind it, and the advanced ring."""
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
 
-    def history(ring: dict[str, store.Rows], pos_B: Array) -> Recent:
+    def history(ring: dict[str, Any], pos_B: Array) -> Recent:
         def read(name: str) -> Array:
             return store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
 
@@ -160,9 +160,7 @@ def _advance(
     return lambda: recent, ring
 
 
-def _windows_of(
-    ring: dict[str, store.Rows], place: store.Place, pos_B: Array, ratio: int
-) -> Recent:
+def _windows_of(ring: dict[str, Any], place: store.Place, pos_B: Array, ratio: int) -> Recent:
     """The ring in the order of the row that ends with position `pos_B`, if one does.
 
     The ring holds one window, which lies in order, or two, of which the later may come first.

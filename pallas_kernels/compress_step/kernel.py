@@ -171,10 +171,12 @@ def _pool(plan: Plan, values_RW: Array, scores_RW: Array, work: _Work) -> Array:
 def _weighted(parts: list[tuple[Array, Array]]) -> Array:
     peaks = [scores.max(axis=0, keepdims=True) for _, scores in parts]
     peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
-    weights = [jnp.exp(scores - peak) for _, scores in parts]
-    total = sum(w.sum(axis=0, keepdims=True) for w in weights)
-    pairs = zip(weights, parts, strict=True)
-    return sum((w * values).sum(axis=0, keepdims=True) for w, (values, _) in pairs) / total
+    total, mean = jnp.zeros_like(peak), jnp.zeros_like(peak)
+    for values, scores in parts:
+        weights = jnp.exp(scores - peak)
+        total += weights.sum(axis=0, keepdims=True)
+        mean += (weights * values).sum(axis=0, keepdims=True)
+    return mean / total
 
 
 def compress_step(
