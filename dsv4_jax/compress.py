@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv4_jax import cache as store
+from dsv4_jax import context
 from dsv4_jax.config import CSA
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.rope import Rotation, rotate, rotation
+from sharding.shards import SINGLE, Shards
 
 
 class Chunk(NamedTuple):
@@ -22,6 +24,7 @@ class Chunk(NamedTuple):
     pos_B: position of the first one. count_B: how many are real; the rest is padding.
     rope: rotations at the tokens' positions `[B, T, R/2]`, for window-only and compressed layers.
     slots_B, table_BP: as in `cache.Place`.
+    total_B: real tokens on all devices, where they are split.
     """
 
     pos_B: Array
@@ -29,6 +32,7 @@ class Chunk(NamedTuple):
     tokens_BT: Array
     rope_window: Rotation
     rope_rows: Rotation
+    total_B: Array
     slots_B: Array | None = None
     table_BP: Array | None = None
 
@@ -59,6 +63,7 @@ def compress(
     num: Numerics,
     norm_eps: float,
     freqs: Any,
+    shards: Shards = SINGLE,
 ) -> tuple[NewRows, dict[str, store.Rows]]:
     """Rows completed by this chunk (normed and rotated, not yet rounded to low precision).
 
@@ -72,7 +77,8 @@ def compress(
     slots_BT = (chunk.pos_B[:, None] + jnp.arange(fresh)[None]) % ratio
     scores_BTd = linear_f32(x_BTD, weights["wgate"]) + weights["ape"][slots_BT]
     place = chunk.place(index)
-    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
+    new = {"values": values_BTd, "scores": scores_BTd}
+    recent, ring = _advance(ring, new, place, chunk, ratio, shards)
     first_B = chunk.pos_B // ratio
     count_B = (chunk.pos_B + chunk.count_B) // ratio - first_B
     num_new = -(-fresh // ratio)
@@ -108,15 +114,14 @@ def _advance(
     place: store.Place,
     chunk: Chunk,
     ratio: int,
+    shards: Shards,
 ) -> tuple[Callable[[], Recent], dict[str, store.Rows]]:
     """A way to read the ring's history with the chunk behind it, and the advanced ring."""
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
 
-    def history(ring: dict[str, store.Rows], pos_B: Array) -> Recent:
-        def read(name: str) -> Array:
-            return store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
-
-        return Recent(read("values"), read("scores"), pos_B - length)
+    def before(name: str) -> Array:
+        old = store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
+        return context.history(old, new[name], shards)
 
     if new["values"].shape[1] == 1:
         ring = {
@@ -124,14 +129,13 @@ def _advance(
             for name in ring
         }
         return lambda: _windows_of(ring, place, pos_B, ratio), ring
-    old = history(ring, pos_B)
     recent = Recent(
-        jnp.concatenate([old.values, new["values"]], axis=1),
-        jnp.concatenate([old.scores, new["scores"]], axis=1),
-        old.start_B,
+        jnp.concatenate([before("values"), new["values"]], axis=1),
+        jnp.concatenate([before("scores"), new["scores"]], axis=1),
+        pos_B - length,
     )
     ring = {
-        name: store.ring_write(ring[name], place, pos_B, count_B, getattr(recent, name))
+        name: context.write_ring(ring[name], place, chunk, getattr(recent, name), shards)
         for name in ring
     }
     return lambda: recent, ring
