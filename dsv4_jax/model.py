@@ -191,7 +191,7 @@ def _chunk(
     pos_B: Array,
     count_B: Array,
     tokens_BT: Array,
-    shards: Shards,
+    shards: Shards = SINGLE,
 ) -> Chunk:
     """Where this device's tokens stand."""
     tokens_BT, total_B = own_tokens(tokens_BT, shards), count_B
