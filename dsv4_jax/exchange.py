@@ -62,10 +62,15 @@ def _gathered(
 ) -> Array:
     """own: axes whose devices have tokens of their own; along `rest` all have the same."""
     counts = [math.prod(shards.size(axis) for axis in axes) for axes in (own, rest)]
+    x_UD, weights_UA = tokens.x_UD, tokens.weights_UA
+    experts_UA = jnp.where(tokens.real_U[:, None], tokens.experts_UA, -1)
     if own:
-        tokens = Tokens(*(lax.all_gather(part, own, axis=0, tiled=True) for part in tokens))
-    local_UA = _local(tokens.experts_UA, local_experts, shards.rank("experts"))
-    part_UD = run(tokens.x_UD, local_UA, tokens.weights_UA, tokens.real_U)
+        about = jnp.concatenate([experts_UA.astype(jnp.float32), weights_UA], axis=1)
+        x_UD, about = (lax.all_gather(a, own, axis=0, tiled=True) for a in (x_UD, about))
+        experts, weights_UA = jnp.split(about, 2, axis=1)
+        experts_UA = experts.astype(jnp.int32)
+    local_UA = _local(experts_UA, local_experts, shards.rank("experts"))
+    part_UD = run(x_UD, local_UA, weights_UA, jnp.ones(len(x_UD), bool))
     part_UD = ordered_scatter(part_UD, own, counts[0], 0)
     return ordered_total(part_UD, rest, counts[1])
 

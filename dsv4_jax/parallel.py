@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dsv4_jax import model
 from dsv4_jax.cache import Cache
@@ -24,7 +24,7 @@ from dsv4_jax.context import can_split
 from dsv4_jax.model import Output, Params, is_scanned
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.placement import cache_specs, logical, param_specs
-from sharding.mesh import nearest, shape_of
+from sharding.mesh import MeshSizes, nearest, shape_of
 from sharding.shards import Shards
 
 
@@ -40,7 +40,7 @@ def check(cfg: ModelConfig, shards: Shards, batch: int, scan: bool = True) -> No
     Raises:
         ValueError: something does not divide; names it and the nearest meshes that do.
     """
-    assert shards.mesh is not None
+    assert isinstance(shards.mesh, Mesh)
 
     def problem(candidate: Shards) -> str | None:
         try:
@@ -51,20 +51,12 @@ def check(cfg: ModelConfig, shards: Shards, batch: int, scan: bool = True) -> No
         return None
 
     def fits(shape: Any) -> bool:
-        sizes = shape.sizes()
-        return problem(dataclasses.replace(shards, mesh=_Sizes(sizes))) is None  # type: ignore[arg-type]
+        return problem(dataclasses.replace(shards, mesh=MeshSizes(shape))) is None
 
     if found := problem(shards):
         shape = shape_of(shards.mesh)
         others = "; ".join(str(other) for other in nearest(shape, fits)) or "none"
         raise ValueError(f"mesh {shape}: {found}. Meshes of as many devices that do: {others}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """As much of a mesh as placement needs."""
-
-    shape: dict[str, int]
 
 
 def prefill(
@@ -144,7 +136,7 @@ def _over_mesh(
     count_B: Array,
     *streams: Array,
 ) -> Any:
-    if shards.mesh is None:
+    if not isinstance(shards.mesh, Mesh):
         raise ValueError("no mesh: call dsv4_jax.model instead")
     if cache.table_BP is not None and shards.count("context") > 1:
         raise ValueError("a paged cache cannot be split over the context axis")

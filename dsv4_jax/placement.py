@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.config import ModelConfig
@@ -133,8 +133,8 @@ def cache_specs(cache: Cache, shards: Shards) -> Cache:
 
 def shardings(specs: Tree, shards: Shards) -> Tree:
     """NamedShardings of a tree of PartitionSpecs."""
-    assert shards.mesh is not None
     mesh = shards.mesh
+    assert isinstance(mesh, Mesh)
     is_placement = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_placement)
 

@@ -73,6 +73,13 @@ class MeshShape:
         return cls(**sizes)
 
 
+class MeshSizes:
+    """As much of a mesh as placement needs, without devices."""
+
+    def __init__(self, shape: MeshShape) -> None:
+        self.shape = shape.sizes()
+
+
 def shape_of(mesh: Mesh) -> MeshShape:
     """The sizes of a mesh made here."""
     return MeshShape(**{str(axis): int(size) for axis, size in mesh.shape.items()})

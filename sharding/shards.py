@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from sharding.mesh import MeshSizes
 from sharding.rules import BATCH, SERVE, Names, Rules, entry_axes, spec_of
 
 EXCHANGES = ("gather", "ragged", "padded")
@@ -25,6 +26,8 @@ ROW_BLOCK = 128  # compressed rows that lie together; blocks go to shards in tur
 class Shards:
     """The mesh a program runs on, and how it uses it. Hashable, so modules may hold it.
 
+    mesh: None is a single device; `MeshSizes` is enough to know what would lie where.
+
     row_block: compressed row j lies on shard (j ÷ row_block) mod n of the `context` axis.
     exchange: how tokens reach their experts; None: by the size of the group (`dsv4_jax.exchange`).
     split: the tokens of this program are split along `context`; else every shard has all.
@@ -33,7 +36,7 @@ class Shards:
         ValueError: an unknown exchange.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | MeshSizes | None = None
     rules: Rules = SERVE
     row_block: int = ROW_BLOCK
     exchange: str | None = None
