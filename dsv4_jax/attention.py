@@ -78,9 +78,7 @@ class Attention(nn.Module):
         """Attention output, turned back."""
         cfg, num, sink_N, shards = self.cfg, self.num, self.weights["sink"], self.shards
         if shards.count("context") > 1 and not shards.split:
-            args = (chunk, cache, index, query, self.ratio, cfg, num, shards)
-            out_BTNH = attend_shared(q_BTNH, window, sink_N, *args)
-            return rotate(out_BTNH, per_head(turn), num, inverse=True)
+            return self._attend_shared(q_BTNH, window, chunk, cache, index, query, turn)
         cache, index = context.local_cache(cache, index, shards)
         if num.kernels:
             recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
@@ -92,6 +90,26 @@ class Attention(nn.Module):
                     raise
         args = (chunk, cache, index, query, self.ratio, cfg, num)
         out_BTNH = attend_chunk(q_BTNH, window, sink_N, *args)
+        return rotate(out_BTNH, per_head(turn), num, inverse=True)
+
+    def _attend_shared(
+        self,
+        q_BTNH: Array,
+        window: Window,
+        chunk: Chunk,
+        cache: store.LayerCache,
+        index: Array,
+        query: indexer.IndexQuery | None,
+        turn: Rotation,
+    ) -> Array:
+        """Attention output of tokens that every shard of a context has, turned back."""
+        cfg, num, shards, sink_N = self.cfg, self.num, self.shards, self.weights["sink"]
+        if num.kernels:
+            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            args = (chunk, cache, index, query, self.ratio, turn, cfg, num, shards)
+            return kernels.attend_shared(q_BTNH, recent_BSH, sink_N, *args)
+        args = (chunk, cache, index, query, self.ratio, cfg, num, shards)
+        out_BTNH = attend_shared(q_BTNH, window, sink_N, *args)
         return rotate(out_BTNH, per_head(turn), num, inverse=True)
 
     def _compress_rows(

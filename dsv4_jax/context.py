@@ -154,23 +154,40 @@ def merge(state: attend.SoftmaxState, shards: Shards) -> attend.SoftmaxState:
 
 
 def selection_mask(scores_BTC: Array, keep: int, shards: Shards) -> Array:
-    """Which of this shard's rows are among the `keep` best of all; of equals the first ones.
-
-    Each shard names as many candidates as may win; the worst winner of all candidates decides.
-    """
+    """Which of this shard's rows are among the `keep` best of all; of equals the first ones."""
     scores = jnp.where(scores_BTC == 0, 0.0, scores_BTC)  # -0.0 ties with 0.0
     numbers = row_numbers(jnp.arange(scores.shape[-1]), shards)
     flat = scores.reshape(-1, scores.shape[-1])
     best, rows = lax.top_k(flat, min(keep, flat.shape[1]))
-    best, rows = (shards.join(a, "context", 1) for a in (best, numbers[rows]))
-    if best.shape[1] <= keep:
-        return scores_BTC > -jnp.inf
-    bound = lax.top_k(best, keep)[0][:, -1:]
-    missing = keep - (best > bound).sum(axis=1, keepdims=True)
-    ties = jnp.sort(jnp.where(best == bound, rows, NO_ROW), axis=1)
-    last = jnp.take_along_axis(ties, missing - 1, axis=1)
+    bound, last = worst_winner(best, numbers[rows], keep, shards)
     chosen = (flat > bound) | ((flat == bound) & (numbers[None] <= last))
     return chosen.reshape(scores.shape) & (scores_BTC > -jnp.inf)
+
+
+def worst_winner(best: Array, numbers: Array, keep: int, shards: Shards) -> tuple[Array, Array]:
+    """Score and row number `[n, 1]` of the worst of the `keep` best candidates of all shards.
+
+    best, numbers: `[n, k]`, this shard's candidates, as many as may win.
+    """
+    best, numbers = (shards.join(a, "context", 1) for a in (best, numbers))
+    if best.shape[1] <= keep:
+        return jnp.full_like(best[:, :1], -jnp.inf), jnp.full_like(numbers[:, :1], NO_ROW)
+    bound = lax.top_k(best, keep)[0][:, -1:]
+    missing = keep - (best > bound).sum(axis=1, keepdims=True)
+    ties = jnp.sort(jnp.where(best == bound, numbers, NO_ROW), axis=1)
+    return bound, jnp.take_along_axis(ties, missing - 1, axis=1)
+
+
+def merge_parts(out_BTNH: Array, log_BTN: Array, sink_N: Array, shards: Shards) -> Array:
+    """Attention over the rows of all shards and the sink, float32, from that over each one's own.
+
+    log: logarithms of the parts' denominators.
+    """
+    log_BTN1, sink = log_BTN[..., None], sink_N.astype(jnp.float32).reshape(1, 1, -1, 1)
+    peak = jnp.maximum(lax.pmax(log_BTN1, "context"), sink)
+    weight = jnp.exp(log_BTN1 - peak)
+    total = shards.total(weight, "context") + jnp.exp(sink - peak)
+    return shards.total(out_BTNH.astype(jnp.float32) * weight, "context") / total
 
 
 def local_cache(cache: dict[str, Any], index: Array, shards: Shards) -> tuple[dict, Array]:

@@ -54,7 +54,8 @@ def collectives(text: str) -> collections.Counter[str]:
     """Bytes that one device sends in one run of an optimised HLO text, by kind of collective.
 
     Rings are assumed: n devices send (n-1)/n of what they gather or exchange, twice that of what
-    they reduce to all. Of ragged messages all rows count.
+    they reduce to all. Of ragged messages the smaller side counts: the other has room for the
+    worst case.
     """
     sent: collections.Counter[str] = collections.Counter()
     for times, here, op in hlo.runs(text):
@@ -64,7 +65,7 @@ def collectives(text: str) -> collections.Counter[str]:
         size = max((buffer.size for buffer in op.buffers), default=0)
         group = group_size(op.rest)
         if kind == "ragged-all-to-all":
-            size = sum(b.size for b in here[op.operands[0]].buffers)
+            size = min(size, sum(b.size for b in here[op.operands[0]].buffers))  # one has room
         factor = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1}
         factor |= {"collective-permute": 1}
         sent[kind] += round(times * size * factor.get(kind, (group - 1) / group))

@@ -17,6 +17,7 @@ from sharding.rules import BATCH
 from sharding.shards import Shards
 
 WIDE, NARROW = 4, 2  # bytes of float32 and bfloat16
+LANES = 128
 
 
 def _ring(count: int) -> float:
@@ -57,8 +58,11 @@ def _experts(cfg: ModelConfig, shards: Shards, tokens: int, split: bool) -> floa
     rows = share * per_token
     if form == "padded":
         rows = group * share * min(per_token, cfg.num_experts // group)
-    messages = _ring(group) * rows * (2 * NARROW * row + 2 * WIDE)
-    return messages + _ring(rest) * share * rest * WIDE * row
+        about = _ring(group) * (rows * 2 + group) * WIDE
+    else:  # the expert and weight of a row fill a whole line of lanes; counts go to all
+        about = _ring(group) * (rows * LANES + 2 * group * group) * WIDE
+    messages = _ring(group) * rows * 2 * NARROW * row
+    return messages + about + _ring(rest) * share * rest * WIDE * row
 
 
 def _heads(cfg: ModelConfig, shards: Shards, tokens: int) -> float:
