@@ -1,7 +1,7 @@
 """The one table from dimension names to mesh axes; a name that is not in it is an error.
 
-A weight's dimension is split over the axes of its name in two ways. Axes in `gathered` only store
-it: a layer's weights are joined along them before use. All others split the work.
+A weight's dimension is split in two ways. The axes of its name split the work. Axes under which the
+name is also `stored` only store it: a layer's weights are joined along them before use.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _COMMON: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rules:
-    """A named table. `gathered`: axes over which weights are stored but not worked on."""
+    """A named table, and axes over which weights are stored beyond those that split the work."""
 
     name: str
     table: tuple[tuple[str, tuple[str, ...]], ...]
-    gathered: tuple[str, ...] = ()
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """Mesh axes of a dimension name; None is never split.
+        """Mesh axes that split the work along a dimension; None is never split.
 
         Raises:
             ValueError: the table has no such name.
@@ -62,33 +62,34 @@ class Rules:
             raise ValueError(f"dimension {name!r} has no rule in {self.name}: {sorted(table)}")
         return table[name]
 
-    def work_axes(self, name: str | None) -> tuple[str, ...]:
-        """Axes that split the work along a dimension of a weight."""
-        return tuple(axis for axis in self.axes(name) if axis not in self.gathered)
+    def stored_axes(self, name: str | None) -> tuple[str, ...]:
+        """Axes over which a dimension of a weight is stored as well."""
+        return dict(self.stored).get(name, ()) if name else ()
+
+    @property
+    def gathered(self) -> frozenset[str]:
+        """Axes along which weights are joined before use."""
+        return frozenset(axis for _, axes in self.stored for axis in axes)
 
 
-def make_rules(name: str, gathered: tuple[str, ...] = (), **changes: tuple[str, ...]) -> Rules:
+def make_rules(
+    name: str, stored: dict[str, tuple[str, ...]] | None = None, **changes: tuple[str, ...]
+) -> Rules:
     """The common table with some entries replaced.
 
     Raises:
         ValueError: an unknown mesh axis.
     """
-    table = _COMMON | changes
-    for key, axes in table.items():
+    table, stored = _COMMON | changes, stored or {}
+    for key, axes in (*table.items(), *stored.items()):
         if unknown := set(axes) - set(AXES):
             raise ValueError(f"{name}: {key!r} names unknown axes {sorted(unknown)}")
-    return Rules(name, tuple(table.items()), gathered)
+    return Rules(name, tuple(table.items()), tuple(stored.items()))
 
 
 # Serving never moves weights: `fsdp` is one more axis of experts.
 SERVE = make_rules("SERVE", experts=("fsdp", "expert", "context", "tensor"))
-TRAIN = make_rules(
-    "TRAIN",
-    gathered=("fsdp",),
-    embed=("fsdp",),
-    q_rank=("fsdp",),
-    group_channels=("fsdp",),
-)
+TRAIN = make_rules("TRAIN", dict.fromkeys(("embed", "q_rank", "group_channels"), ("fsdp",)))
 RULES = {"serve": SERVE, "train": TRAIN}
 
 
@@ -104,8 +105,8 @@ def spec_of(
     """Placement of an array whose dimensions have these names, over axes of these `sizes`.
 
     blocks: work along a dimension may only be cut at multiples of this (elements of one scale).
-    store: also split along the gathered axes, where they divide; an axis is used once per array.
-        Vectors stay whole along them.
+    store: also split along stored axes, where they divide; an axis is used once per array. Vectors
+        stay whole along them.
 
     Raises:
         ValueError: a dimension has no rule, or does not divide.
@@ -114,7 +115,7 @@ def spec_of(
     used: set[str] = set()
     entries: list[tuple[str, ...]] = []
     for name, size, block in zip(names, shape, blocks, strict=True):
-        axes = tuple(a for a in rules.work_axes(name) if sizes[a] > 1 and a not in used)
+        axes = tuple(a for a in rules.axes(name) if sizes[a] > 1 and a not in used)
         parts = math.prod(sizes[a] for a in axes)
         if parts > 1 and size % (parts * block):
             cut = f" in blocks of {block}" if block > 1 else ""
@@ -125,10 +126,9 @@ def spec_of(
         used |= set(axes)
         entries.append(axes)
     for at, (name, size) in enumerate(zip(names, shape, strict=True)):
-        for axis in rules.axes(name) if store and len(shape) > 1 else ():
+        for axis in rules.stored_axes(name) if store and len(shape) > 1 else ():
             parts = math.prod(sizes[a] for a in entries[at]) * sizes[axis]
-            is_free = axis in rules.gathered and axis not in used and sizes[axis] > 1
-            if is_free and size % parts == 0:
+            if axis not in used and sizes[axis] > 1 and size % parts == 0:
                 used.add(axis)
                 entries[at] = (*entries[at], axis)
     return PartitionSpec(*(_entry(axes) for axes in entries))

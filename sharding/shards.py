@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from sharding.mesh import MeshSizes
+from sharding.mesh import AXES, MeshSizes
 from sharding.rules import BATCH, SERVE, Names, Rules, entry_axes, spec_of
 
 EXCHANGES = ("gather", "ragged", "padded")
@@ -51,7 +51,7 @@ class Shards:
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Axes of more than one device that split the work along a dimension."""
-        return tuple(axis for axis in self.rules.work_axes(name) if self.size(axis) > 1)
+        return tuple(axis for axis in self.rules.axes(name) if self.size(axis) > 1)
 
     def count(self, name: str) -> int:
         """Parts that a dimension is split into."""
@@ -97,11 +97,8 @@ class Shards:
         store: bool = True,
     ) -> PartitionSpec:
         """Placement of an array, see `rules.spec_of`."""
-        sizes = {axis: self.size(axis) for axis in self.rules_axes()}
+        sizes = {axis: self.size(axis) for axis in AXES}
         return spec_of(self.rules, names, shape, sizes, blocks, label, store)
-
-    def rules_axes(self) -> list[str]:
-        return sorted({axis for _, axes in self.rules.table for axis in axes})
 
     def local_shape(self, spec: PartitionSpec, shape: Sequence[int]) -> tuple[int, ...]:
         """Sizes of one device's part."""

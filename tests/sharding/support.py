@@ -12,6 +12,7 @@ import numpy as np
 
 from dsv4_jax import model, parallel, presets
 from dsv4_jax.cache import Cache, init_cache
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.placement import cache_specs, param_specs, shardings
 from sharding.mesh import MeshShape, make_mesh
@@ -21,8 +22,8 @@ from tests.model.support import random_units
 
 CFG = presets.tiny().replace(
     dim=64,
-    num_layers=3,
-    compress_ratios=(0, 4, 16, 0),
+    num_layers=2,
+    compress_ratios=(4, 16, 0),
     num_heads=8,
     head_dim=16,
     rope_dim=8,
@@ -38,6 +39,9 @@ CFG = presets.tiny().replace(
     hc_iters=3,
     dense_format=None,
 )
+DEEP = CFG.replace(num_layers=6, compress_ratios=(0, 4, 16, 4, 16, 0, 0))  # with a scan
+# Sizes that the attention kernels take.
+WIDE = CFG.replace(head_dim=128, index_dim=128, rope_dim=64, num_heads=2, o_groups=2)
 PLAIN = Numerics("plain", "float32", "reference")
 ROW_BLOCK = 4
 CAPACITY = 160
@@ -46,41 +50,45 @@ COUNTS = np.array([128, 113, 1, 65, 64, 16, 33, 97], np.int32)
 BATCH, FRESH = len(COUNTS), int(COUNTS.max())
 
 
-def shards_of(mesh: str, rules: Rules = SERVE, exchange: str | None = None) -> Shards:
+def shards_of(
+    mesh: str, rules: Rules = SERVE, exchange: str | None = None, row_block: int = ROW_BLOCK
+) -> Shards:
     """Emulated devices as a mesh."""
     shape = MeshShape.parse(mesh)
     devices = jax.devices()[: shape.num_devices]
-    return Shards(make_mesh(shape, devices), rules, ROW_BLOCK, exchange)
+    return Shards(make_mesh(shape, devices), rules, row_block, exchange)
 
 
 @dataclass
 class Case:
-    """The model's weights, and prompts; runs are one prefill, a second chunk, then decoding."""
+    """A model's weights, and prompts."""
 
+    cfg: ModelConfig = CFG
     seed: int = 0
 
     @cached_property
     def params(self) -> Any:
-        units = random_units(CFG, self.seed)
-        return model.group_params(CFG, units.__getitem__)
+        units = random_units(self.cfg, self.seed)
+        return model.group_params(self.cfg, units.__getitem__)
 
     @cached_property
     def tokens_BT(self) -> jax.Array:
         rng = np.random.default_rng(self.seed)
-        return jnp.asarray(rng.integers(0, CFG.vocab_size, (BATCH, FRESH)), jnp.int32)
+        return jnp.asarray(rng.integers(0, self.cfg.vocab_size, (BATCH, FRESH)), jnp.int32)
 
     def run(self, shards: Shards, num: Numerics = PLAIN, steps: int = 4) -> tuple[list, Cache]:
-        """Logits of the prompt, greedy tokens and their logits, MTP logits; the cache."""
-        params, cache = self.params, init_cache(CFG, BATCH, CAPACITY, num, shards=shards)
+        """Logits of the prompts and of the MTP block, greedy tokens and their logits; the cache."""
+        cfg, params = self.cfg, self.params
+        cache = init_cache(cfg, BATCH, CAPACITY, num, shards=shards)
         functions: Any = model
         more: dict[str, Any] = {}
         if shards.mesh is not None:
-            params = jax.device_put(params, shardings(param_specs(CFG, shards), shards))
+            params = jax.device_put(params, shardings(param_specs(cfg, shards), shards))
             cache = jax.device_put(cache, shardings(cache_specs(cache, shards), shards))
             functions, more = parallel, {"shards": shards}
-        prefill = jax.jit(partial(functions.prefill, CFG, num, all_logits=True, **more))
-        decode = jax.jit(partial(functions.decode_step, CFG, num, **more))
-        draft = jax.jit(partial(functions.draft, CFG, num, **more))
+        prefill = jax.jit(partial(functions.prefill, cfg, num, all_logits=True, **more))
+        decode = jax.jit(partial(functions.decode_step, cfg, num, **more))
+        draft = jax.jit(partial(functions.draft, cfg, num, **more))
         count_B = jnp.asarray(COUNTS)
         out, cache = prefill(params, self.tokens_BT, cache, count_B)
         logits = [np.asarray(out.logits)[row, :n] for row, n in enumerate(COUNTS)]
