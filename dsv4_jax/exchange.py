@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -150,12 +151,7 @@ class _Travel(NamedTuple):
     def _there_and_back(
         self, rows_YD: Array, about_Y2: Array, target_Y: Array, sent: Array, room: int
     ) -> Array:
-        def ragged(*args: Array) -> Array:
-            return self._ragged(*args, room)
-
-        def padded(*args: Array) -> Array:
-            return self._padded(*args, room)
-
+        ragged, padded = partial(self._ragged, room), partial(self._padded, room)
         args = (rows_YD, about_Y2, target_Y, sent)
         if self.form is None:
             return lax.platform_dependent(*args, tpu=ragged, default=padded)
@@ -168,7 +164,7 @@ class _Travel(NamedTuple):
         return self.num.cast(out)  # exact: each is one expert's output
 
     def _padded(
-        self, rows_YD: Array, about_Y2: Array, target_Y: Array, sent: Array, room: int
+        self, room: int, rows_YD: Array, about_Y2: Array, target_Y: Array, sent: Array
     ) -> Array:
         axes, devices = self.shards.axes("experts"), len(sent)
         first = jnp.cumsum(sent) - sent
@@ -187,7 +183,7 @@ class _Travel(NamedTuple):
         return out.reshape(devices * room, -1).at[slot_Y].get(mode="fill", fill_value=0)
 
     def _ragged(
-        self, rows_YD: Array, about_Y2: Array, target_Y: Array, sent: Array, room: int
+        self, room: int, rows_YD: Array, about_Y2: Array, target_Y: Array, sent: Array
     ) -> Array:
         axes, devices = self.shards.axes("experts"), len(sent)
         me = self.shards.rank("experts")

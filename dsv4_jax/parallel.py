@@ -145,13 +145,19 @@ def _over_mesh(
     batch, names = shards.spec(logical("B"), count_B.shape), ("B", "T") if shards.split else ("B",)
     token_specs = PartitionSpec(*(shards.axes(logical(n)[0] or "") or None for n in names))
     vocab = shards.axes("vocab") or None
-    lead = (token_specs if len(names) == 2 else PartitionSpec(*token_specs, None))
+    lead = token_specs if len(names) == 2 else PartitionSpec(*token_specs, None)
     logits = PartitionSpec(*(lead if all_logits else batch), vocab)
     placed = cache_specs(cache, shards)
     fn = partial(
         jax.shard_map,
         mesh=shards.mesh,
-        in_specs=(param_specs(cfg, shards, scan), placed, batch, batch, *[token_specs] * len(streams)),
+        in_specs=(
+            param_specs(cfg, shards, scan),
+            placed,
+            batch,
+            batch,
+            *[token_specs] * len(streams),
+        ),
         out_specs=(Output(logits, token_specs), placed),  # type: ignore[arg-type]
         check_vma=False,
     )

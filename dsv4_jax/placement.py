@@ -171,7 +171,7 @@ def _explain(
     for keys, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
         name = "/".join(key.key for key in keys)
         placed, stored = weight_specs(spec, cfg, shards, name, stacked), spec.abstract(cfg)
-        parts = {name: (stored, placed)}
+        parts: dict[str, tuple[Any, Any]] = {name: (stored, placed)}
         if isinstance(stored, QuantizedArray) and isinstance(placed, QuantizedArray):
             parts = {
                 f"{name}.{part}": (getattr(stored, part), getattr(placed, part))

@@ -1,7 +1,7 @@
-"""Does it fit, and how fast can it be at most? Compiles a program for a TPU slice that is not there.
+"""Does it fit, and how fast can it be at most? Compiles a program for a TPU slice without one.
 
     python scripts/preflight.py --model v4-pro --topology v6e:8x8 --program decode --batch 256
-    python scripts/preflight.py --model v4-flash --topology v6e:2x4 --mesh expert=2,tensor=4 --explain
+    python scripts/preflight.py --model v4-flash --topology v6e:2x4 --mesh expert=8 --explain
 
 Needs the TPU compiler, `pip install 'dsv4_jax[tpu]'`, and no TPU. Answers for one device and one
 step: bytes by kind, HBM bytes moved, FLOPs, bytes sent, the floor and the resource that sets it.

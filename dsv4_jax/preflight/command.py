@@ -92,7 +92,7 @@ def estimates(
     mesh: MeshShape | None,
     as_json: bool,
 ) -> str:
-    """A few meshes of a slice, the best one first, and the smallest slice that holds the program."""
+    """A few meshes of a slice, the best first, and the smallest slice that holds the program."""
     kind = generation(topology)
     if mesh:
         _check_size(mesh, topology)
@@ -111,9 +111,7 @@ def estimates(
     return "\n".join([*lines, smallest_line(cfg, kind, program, sizes)])
 
 
-def _ranked(
-    cfg: ModelConfig, topology: str, program: str, sizes: Sizes
-) -> list[slices.Estimate]:
+def _ranked(cfg: ModelConfig, topology: str, program: str, sizes: Sizes) -> list[slices.Estimate]:
     kind, devices = generation(topology), slices.devices_of(topology)
     found = slices.ranked(cfg, kind, devices, program, sizes)
     if not found:

@@ -55,7 +55,8 @@ def text(report: Report) -> str:
 
 def placements(cfg: ModelConfig, shards: Shards) -> str:
     """Every parameter: its dimensions, where they go, bytes on each device."""
-    rows = [("parameter", "dims", "shape", "dtype", "placement", "MiB/device", "of MiB")]
+    head = ("parameter", "dims", "shape", "dtype", "placement", "MiB/device", "of MiB")
+    rows: list[tuple[str, ...]] = [head]
     total = 0
     for row in explain(cfg, shards):
         where = ", ".join("-" if e is None else str(e) for e in row.placement)
@@ -76,7 +77,8 @@ def page(reports: Iterable[Report]) -> str:
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; color: #222 }}
 table {{ border-collapse: collapse; margin: .5rem 0 1rem }}
 td {{ padding: .1rem .8rem .1rem 0; font-variant-numeric: tabular-nums }}
-td + td {{ text-align: right }} h2 {{ margin-top: 2.5rem }} svg {{ display: block; margin: .4rem 0 }}
+td + td {{ text-align: right }} h2 {{ margin-top: 2.5rem }}
+svg {{ display: block; margin: .4rem 0 }}
 </style></head><body><h1>Preflight</h1>
 {body}
 </body></html>

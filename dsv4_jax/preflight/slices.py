@@ -1,4 +1,4 @@
-"""What fits where, without compiling: bytes and floors from sizes alone, and the best of few meshes."""
+"""What fits where, without compiling: bytes and floors from sizes alone, the best of few meshes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax
 
 from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.params import count_params
 from dsv4_jax.parallel import for_length
+from dsv4_jax.params import count_params
 from dsv4_jax.placement import cache_specs, explain
 from dsv4_jax.preflight.programs import NUM, Sizes, rules_of
 from dsv4_jax.preflight.traffic import sent_bytes
@@ -72,9 +72,7 @@ def cache_bytes(cfg: ModelConfig, sizes: Sizes, shards: Shards) -> int:
     return sum(jax.tree.leaves(jax.tree.map(one, shapes, cache_specs(shapes, shards))))
 
 
-def estimate(
-    cfg: ModelConfig, kind: str, mesh: MeshShape, program: str, sizes: Sizes
-) -> Estimate:
+def estimate(cfg: ModelConfig, kind: str, mesh: MeshShape, program: str, sizes: Sizes) -> Estimate:
     """Bytes and floors of one step of a program on a mesh of chips of a generation.
 
     Raises:
@@ -121,9 +119,7 @@ def fits(found: Estimate, kind: str) -> bool:
     return found.weights + found.cache <= HEADROOM * CHIPS[kind].hbm_bytes
 
 
-def ranked(
-    cfg: ModelConfig, kind: str, devices: int, program: str, sizes: Sizes
-) -> list[Estimate]:
+def ranked(cfg: ModelConfig, kind: str, devices: int, program: str, sizes: Sizes) -> list[Estimate]:
     """Meshes that divide, those that fit first, then by floor."""
     found = []
     for mesh in candidates(devices, sizes.batch, program != "decode"):
@@ -143,5 +139,3 @@ def smallest(
         if best and fits(best[0], kind):
             return topology, best[0]
     return None
-
-

@@ -37,9 +37,7 @@ def sent_bytes(cfg: ModelConfig, shards: Shards, sizes: Sizes, fresh: int) -> di
     }
     if context > 1:
         part = _split_layer if split else _shared_layer
-        found["context"] = sum(
-            part(cfg, shards, sizes, batch, tokens, ratio) for ratio in layers
-        )
+        found["context"] = sum(part(cfg, shards, sizes, batch, tokens, ratio) for ratio in layers)
     return found
 
 

@@ -369,9 +369,10 @@ def sparse_attention(
     rows: tuple[Array, ...],
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[Array, ...]:
-    """Output `[B, T, N, H]`, and of a part float32 `[B, T, N, 128]`: log denominators. turn: cos and signed sin `[B, T, 128]`. chosen: mask words
-    `[B, T, W]`, or row numbers `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`.
-    window, rows: columns or rows.
+    """Output `[B, T, N, H]`, and of a part the denominators' logarithms, float32 `[B, T, N, 128]`.
+
+    turn: cos and signed sin `[B, T, 128]`. chosen: mask words `[B, T, W]`, or row numbers
+    `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`. window, rows: columns or rows.
     """
     batch, fresh, heads, channels = q_BTNH.shape
     blocks = limits.window_end.size // batch

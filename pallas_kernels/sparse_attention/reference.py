@@ -23,9 +23,7 @@ def plain_rows(rows: Array) -> Array:
     return rows.astype(jnp.float32)
 
 
-def attend(
-    q_BTNH: Array, rows_BTSH: Array, mask_BTS: Array, sink_N: Array
-) -> tuple[Array, Array]:
+def attend(q_BTNH: Array, rows_BTSH: Array, mask_BTS: Array, sink_N: Array) -> tuple[Array, Array]:
     """Softmax over the masked rows and the sink, which has no value; logarithm of its denominator.
 
     rows: `[B, T, S, H]`, or `[B, 1, S, H]` shared by all queries. Probabilities are rounded to the

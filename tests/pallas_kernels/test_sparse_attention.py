@@ -214,7 +214,9 @@ def test_reference_equals_the_model(fresh):
     pos_B = jnp.asarray([0, 40, 600], jnp.int32)
     turn = Rotation(jnp.zeros((3, fresh, 32)), jnp.zeros((3, fresh, 32)))  # not used here
     tokens = jnp.zeros((3, fresh), jnp.int32)
-    chunk = Chunk(pos_B, jnp.full(3, fresh, jnp.int32), tokens, turn, turn, jnp.full(3, fresh, jnp.int32))
+    chunk = Chunk(
+        pos_B, jnp.full(3, fresh, jnp.int32), tokens, turn, turn, jnp.full(3, fresh, jnp.int32)
+    )
     ring, rows = (
         store.PackedRows(*row_store(rng, case, size)) for size in (case.window, case.capacity)
     )

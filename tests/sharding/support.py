@@ -131,5 +131,3 @@ def worst(got: Any, want: Any) -> float:
         a = a[tuple(slice(n) for n in b.shape)]
         found = max(found, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)))
     return found
-
-
