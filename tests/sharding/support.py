@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -59,6 +60,22 @@ def shards_of(
     return Shards(make_mesh(shape, devices), rules, row_block, exchange)
 
 
+class Compiled:
+    """A function compiled at its first call, without the optimisations that take most of the time.
+
+    Arrays are placed as the program wants them: decoding starts from what prefill left.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn, self.run = fn, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.run is None:
+            options = {"xla_backend_optimization_level": 0}
+            self.run = jax.jit(self.fn).lower(*args).compile(options)
+        return self.run(*jax.device_put(args, self.run.input_shardings[0]))
+
+
 @dataclass
 class Case:
     """A model's weights, and prompts."""
@@ -76,7 +93,9 @@ class Case:
         rng = np.random.default_rng(self.seed)
         return jnp.asarray(rng.integers(0, self.cfg.vocab_size, (BATCH, FRESH)), jnp.int32)
 
-    def run(self, shards: Shards, num: Numerics = PLAIN, steps: int = 4) -> tuple[list, Cache]:
+    def run(
+        self, shards: Shards, num: Numerics = PLAIN, mtp: bool = True, steps: int = 4
+    ) -> tuple[list, Cache]:
         """Logits of the prompts and of the MTP block, greedy tokens and their logits; the cache."""
         cfg, params = self.cfg, self.params
         cache = init_cache(cfg, BATCH, CAPACITY, num, shards=shards)
@@ -86,15 +105,16 @@ class Case:
             params = jax.device_put(params, shardings(param_specs(cfg, shards), shards))
             cache = jax.device_put(cache, shardings(cache_specs(cache, shards), shards))
             functions, more = parallel, {"shards": shards}
-        prefill = jax.jit(partial(functions.prefill, cfg, num, all_logits=True, **more))
-        decode = jax.jit(partial(functions.decode_step, cfg, num, **more))
-        draft = jax.jit(partial(functions.draft, cfg, num, **more))
+        prefill = Compiled(partial(functions.prefill, cfg, num, all_logits=True, **more))
+        decode = Compiled(partial(functions.decode_step, cfg, num, **more))
+        draft = Compiled(partial(functions.draft, cfg, num, **more))
         count_B = jnp.asarray(COUNTS)
         out, cache = prefill(params, self.tokens_BT, cache, count_B)
         logits = [np.asarray(out.logits)[row, :n] for row, n in enumerate(COUNTS)]
-        next_BT = jnp.roll(self.tokens_BT, -1, axis=1)
-        drafted, cache = draft(params, out.streams_BTMD, next_BT, cache, count_B)
-        logits.append(np.asarray(drafted.logits))
+        if mtp:
+            next_BT = jnp.roll(self.tokens_BT, -1, axis=1)
+            drafted, cache = draft(params, out.streams_BTMD, next_BT, cache, count_B)
+            logits.append(np.asarray(drafted.logits))
         last = np.stack([part[-1] for part in logits[:BATCH]])
         for _ in range(steps):
             token_B = jnp.asarray(last.argmax(-1), jnp.int32)

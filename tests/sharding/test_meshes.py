@@ -8,7 +8,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.placement import param_specs, shardings
 from sharding.rules import TRAIN
 from sharding.shards import SINGLE
-from tests.sharding.support import CFG, DEEP, WIDE, Case, in_order, shards_of, worst
+from tests.sharding.support import CFG, DEEP, PLAIN, WIDE, Case, in_order, shards_of, worst
 
 MAX_RELATIVE = 1e-5
 QUICK = "expert=2,context=2,tensor=2"
@@ -27,18 +27,18 @@ def cases():
     """Cases by configuration, with what one device gives."""
     done = {}
 
-    def get(cfg):
-        if cfg not in done:
+    def get(cfg, mtp):
+        if (cfg, mtp) not in done:
             case = Case(cfg)
-            done[cfg] = case, case.run(SINGLE)
-        return done[cfg]
+            done[cfg, mtp] = case, case.run(SINGLE, mtp=mtp)
+        return done[cfg, mtp]
 
     return get
 
 
-def compare(cases, cfg, shards, num=None):
-    case, (want, want_cache) = cases(cfg)
-    got, got_cache = case.run(shards, num) if num else case.run(shards)
+def compare(cases, cfg, shards, num=PLAIN, mtp=True):
+    case, (want, want_cache) = cases(cfg, mtp)
+    got, got_cache = case.run(shards, num, mtp)
     for n, (a, b) in enumerate(zip(got, want, strict=True)):
         if np.issubdtype(b.dtype, np.integer):
             np.testing.assert_array_equal(a, b, f"greedy tokens, result {n}")
@@ -48,7 +48,7 @@ def compare(cases, cfg, shards, num=None):
 
 
 def test_a_mesh_equals_one_device(cases):
-    compare(cases, CFG, shards_of(QUICK))
+    compare(cases, CFG, shards_of(QUICK), mtp=False)
 
 
 @pytest.mark.slow

@@ -57,7 +57,10 @@ def test_explain_lists_every_parameter(capsys):
         (["--model", "tiny", "--batch", "0"], "--batch 0 must be positive"),
         (["--model", "tiny", "--context", "9999999"], "must lie between 1 and the model's 8192"),
         (["--model", "tiny", "--program", "prefill", "--chunk", "0"], "--chunk 0 must lie"),
-        (["--model", "tiny", "--topology", "v6e-8", "--estimate"], "'v6e-8' must look like v5e:4x4"),
+        (
+            ["--model", "tiny", "--topology", "v6e-8", "--estimate"],
+            "'v6e-8' must look like",
+        ),
         (["--model", "tiny", "--batch", "3", "--mesh", "expert=8", "--estimate"], "batch of 3"),
     ],
 )
