@@ -26,8 +26,10 @@ from sharding.shards import Shards
 class Report:
     """What the compiler said of one program. Bytes, FLOPs and seconds are of one device and step.
 
+    floor: seconds that each resource needs at least, whatever the program (`slices.estimate`).
     sent: bytes by kind of collective; formula: the same by purpose, from sizes alone.
-    moved: bytes across HBM by kind of operation. floor: seconds that each resource needs at least.
+    moved: bytes across HBM by kind of operation; flops: of products and kernels. Both are what the
+    program was compiled for: kernels count room for the worst routing and all visible rows.
     """
 
     model: str
@@ -103,6 +105,7 @@ def run(
     shards = Shards(make_mesh(mesh, devices), rules, exchange=exchange)
     check(cfg, shards, sizes.batch)
     placed = for_length(shards, fresh)
+    size = slices.estimate(cfg, kind, mesh, program, sizes)
     report = Report(
         name,
         topology,
@@ -113,8 +116,9 @@ def run(
         sizes.context,
         fresh,
         aot.CHIPS[kind].hbm_bytes,
-        slices.weight_bytes(cfg, shards),
-        slices.cache_bytes(cfg, sizes, placed),
+        size.weights,
+        size.cache,
+        floor={"compute": size.compute_s, "HBM": size.hbm_s, "ICI": size.ici_s},
         formula=sent_bytes(cfg, placed, sizes, fresh),
     )
     if report.used > report.hbm_bytes:
@@ -159,12 +163,7 @@ def _compile(report: Report, program: Program, shards: Shards, kind: str) -> Non
     report.code = memory.generated_code_size_in_bytes
     report.moved = dict(hlo.moved(text))
     report.sent = dict(measure.collectives(text))
-    chip = aot.CHIPS[kind]
-    report.floor = {
-        "compute": report.flops / chip.flops,
-        "HBM": sum(report.moved.values()) / chip.hbm_rate,
-        "ICI": sum(report.sent.values()) / slices.SENDS[kind],
-    }
+    report.floor["ICI"] = sum(report.sent.values()) / slices.SENDS[kind]
 
 
 def _reason(text: str) -> str:

@@ -37,13 +37,14 @@ def text(report: Report) -> str:
     ]
     lines += [f"  {name:<28} {size / 2**30:8.3f}" for name, size in parts_of(report).items()]
     lines.append(f"  {'all':<28} {report.used / 2**30:8.3f}")
-    if report.floor:
-        lines += ["", f"per device and step: {report.flops / 1e9:,.1f} GFLOP,"]
-        lines.append(f"  HBM {sum(report.moved.values()) / 1e9:.3f} GB moved")
+    if report.fits:
+        lines += ["", "per device and step, at most:", f"  {report.flops / 1e9:,.1f} GFLOP"]
+        lines.append(f"  {sum(report.moved.values()) / 1e9:.3f} GB moved across HBM")
         for kind, size in sorted(report.sent.items()):
             lines.append(f"  {kind:<28} {size / 1e6:10.3f} MB sent")
         formula = sum(report.formula.values())
         lines.append(f"  {'by the formula':<28} {formula / 1e6:10.3f} MB sent")
+    if report.floor:
         lines += ["", "floor, ms:"]
         for name, seconds in report.floor.items():
             mark = "  <- limits" if name == report.limit else ""

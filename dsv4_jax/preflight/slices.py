@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dsv4_jax.cache import init_cache
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.parallel import for_length
 from dsv4_jax.params import count_params
 from dsv4_jax.placement import cache_specs, explain
@@ -61,6 +61,11 @@ def weight_bytes(cfg: ModelConfig, shards: Shards) -> int:
     return sum(row.device_bytes for row in explain(cfg, shards))
 
 
+def expert_bytes(cfg: ModelConfig, shards: Shards) -> int:
+    """Of the routed experts alone."""
+    return sum(row.device_bytes for row in explain(cfg, shards) if "ffn/experts" in row.name)
+
+
 def cache_bytes(cfg: ModelConfig, sizes: Sizes, shards: Shards) -> int:
     """Of the state of all sequences, on one device."""
     make = partial(init_cache, cfg, sizes.batch, sizes.context, NUM, shards=shards)
@@ -75,6 +80,10 @@ def cache_bytes(cfg: ModelConfig, sizes: Sizes, shards: Shards) -> int:
 def estimate(cfg: ModelConfig, kind: str, mesh: MeshShape, program: str, sizes: Sizes) -> Estimate:
     """Bytes and floors of one step of a program on a mesh of chips of a generation.
 
+    Compute: operations that every run needs, spread evenly, at bfloat16 peak. HBM: weights of the
+    experts in use and of everything else, and all caches, read once. ICI: the formula of `traffic`
+    over all links. A prefill chunk stands at the end of its context.
+
     Raises:
         ValueError: something does not divide.
     """
@@ -84,20 +93,31 @@ def estimate(cfg: ModelConfig, kind: str, mesh: MeshShape, program: str, sizes: 
     if sizes.batch % parts:
         raise ValueError(f"a batch of {sizes.batch} does not divide into {parts} parts")
     weights, cache = weight_bytes(cfg, shards), cache_bytes(cfg, sizes, shards)
-    tokens = sizes.batch * fresh
-    operations = 2.0 * count_params(cfg).active * tokens / mesh.num_devices * _repeated(shards)
     sent = sum(sent_bytes(cfg, shards, sizes, fresh).values())
-    chip = CHIPS[kind]
+    tokens = sizes.batch * fresh
+    operations = tokens * token_flops(cfg, sizes.context) / mesh.num_devices
+    chip, experts = CHIPS[kind], expert_bytes(cfg, shards)
+    idle = experts * (1 - min(1.0, tokens * cfg.experts_per_token / cfg.num_experts))
     embedding = 2 * cfg.vocab_size * cfg.dim // shards.count("vocab")
-    read = weights - embedding + cache
+    read = weights - idle - embedding + cache
     return Estimate(
         mesh, weights, cache, operations / chip.flops, read / chip.hbm_rate, sent / SENDS[kind]
     )
 
 
-def _repeated(shards: Shards) -> int:
-    """How many devices do the same work on a token."""
-    return 1 if shards.split else shards.count("context")
+def token_flops(cfg: ModelConfig, context: int) -> float:
+    """Of one token at the end of a context: matrices in use, attention, index scores."""
+    heads = 4.0 * cfg.num_heads * cfg.head_dim  # per row that is seen
+    total = 2.0 * count_params(cfg).active
+    for layer in range(cfg.num_layers):
+        ratio, seen = cfg.ratio(layer), min(cfg.window, context)
+        if ratio == CSA:
+            total += 2.0 * cfg.index_heads * cfg.index_dim * (context // ratio)
+            seen += min(cfg.index_topk, context // ratio)
+        elif ratio:
+            seen += context // ratio
+        total += heads * seen
+    return total
 
 
 def candidates(devices: int, batch: int, can_split: bool) -> Iterator[MeshShape]:
