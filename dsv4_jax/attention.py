@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from dsv4_jax import attend, indexer, kernels
+from dsv4_jax import attend, context, indexer, kernels
 from dsv4_jax import cache as store
 from dsv4_jax.compress import Chunk, compress
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.norm import head_norm, rms_norm
-from dsv4_jax.numerics import Numerics, fp8_matmul, linear
+from dsv4_jax.numerics import Numerics, fp8_matmul, linear, linear_over
 from dsv4_jax.params import attention_specs, declare
 from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
 from dsv4_jax.rope import Rotation, frequencies, rotate
+from sharding.shards import SINGLE, Shards
 
 QUERY_TILE = 128  # queries that attend together; bounds the score arrays
 DENSE_FACTOR = 16  # up to K times this many visible rows, CSA masks instead of gathering
@@ -33,10 +34,11 @@ class Attention(nn.Module):
     cfg: ModelConfig
     num: Numerics
     ratio: int
+    shards: Shards = SINGLE
 
     def setup(self) -> None:
         specs = attention_specs(self.cfg, self.ratio)
-        self.weights: dict[str, Any] = declare(self, self.cfg, specs)
+        self.weights: dict[str, Any] = declare(self, self.cfg, specs, self.shards)
 
     def __call__(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
@@ -45,13 +47,15 @@ class Attention(nn.Module):
         turn = chunk.rope_rows if self.ratio else chunk.rope_window
         latent_BTQ = rms_norm(linear(x_BTD, w["wq_a"], num), w["q_norm"], cfg.norm_eps, num)
         q_BTx = linear(latent_BTQ, w["wq_b"], num)
-        q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], cfg.num_heads, cfg.head_dim)
+        q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], -1, cfg.head_dim)  # heads of this device
         q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
         kv_BTH = rms_norm(linear(x_BTD, w["wkv"], num), w["kv_norm"], cfg.norm_eps, num)
         kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
 
         cache = dict(cache)
-        window, cache["window"] = _extend_window(cache["window"], kv_BTH, index, chunk, num)
+        window, cache["window"] = _extend_window(
+            cache["window"], kv_BTH, index, chunk, num, self.shards
+        )
         query = None
         if self.ratio:
             self._compress_rows(x_BTD, chunk, cache, index)
@@ -72,7 +76,10 @@ class Attention(nn.Module):
         turn: Rotation,
     ) -> Array:
         """Attention output, turned back."""
-        cfg, num, sink_N = self.cfg, self.num, self.weights["sink"]
+        cfg, num, sink_N, shards = self.cfg, self.num, self.weights["sink"], self.shards
+        if shards.count("context") > 1 and not shards.split:
+            return self._attend_shared(q_BTNH, window, chunk, cache, index, query, turn)
+        cache, index = context.local_cache(cache, index, shards)
         if num.kernels:
             recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
             args = (chunk, cache, index, query, self.ratio, turn, cfg, num)
@@ -85,14 +92,35 @@ class Attention(nn.Module):
         out_BTNH = attend_chunk(q_BTNH, window, sink_N, *args)
         return rotate(out_BTNH, per_head(turn), num, inverse=True)
 
+    def _attend_shared(
+        self,
+        q_BTNH: Array,
+        window: Window,
+        chunk: Chunk,
+        cache: store.LayerCache,
+        index: Array,
+        query: indexer.IndexQuery | None,
+        turn: Rotation,
+    ) -> Array:
+        """Attention output of tokens that every shard of a context has, turned back."""
+        cfg, num, shards, sink_N = self.cfg, self.num, self.shards, self.weights["sink"]
+        if num.kernels:
+            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            args = (chunk, cache, index, query, self.ratio, turn, cfg, num, shards)
+            return kernels.attend_shared(q_BTNH, recent_BSH, sink_N, *args)
+        args = (chunk, cache, index, query, self.ratio, cfg, num, shards)
+        out_BTNH = attend_shared(q_BTNH, window, sink_N, *args)
+        return rotate(out_BTNH, per_head(turn), num, inverse=True)
+
     def _compress_rows(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> None:
         weights, cfg, num = self.weights["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
         new, cache["ring"] = compress(
-            weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs
+            weights, x_BTD, cache["ring"], index, chunk, self.num, cfg.norm_eps, freqs, self.shards
         )
+        new = context.own_rows(new, chunk, self.ratio, x_BTD.shape[1], self.shards)
         rows = round_rows(new.rows_BCH, cfg, self.num)
         place = chunk.place(index)
         cache["rows"] = store.write_rows(
@@ -104,9 +132,11 @@ class Attention(nn.Module):
     ) -> None:
         weights, cfg, num = self.weights["indexer"]["compressor"], self.cfg, self.num
         freqs = frequencies(cfg, compressed=True)
+        state, shards = cache["key_ring"], self.shards
         new, cache["key_ring"] = compress(
-            weights, x_BTD, cache["key_ring"], index, chunk, self.num, cfg.norm_eps, freqs
+            weights, x_BTD, state, index, chunk, self.num, cfg.norm_eps, freqs, shards
         )
+        new = context.own_rows(new, chunk, self.ratio, x_BTD.shape[1], shards)
         keys = round_index(new.rows_BCH, self.num)
         place = chunk.place(index)
         cache["keys"] = store.write_rows(
@@ -128,11 +158,12 @@ class Attention(nn.Module):
         wo_a = self.weights["wo_a"]
         if num.matrix_kernels and not isinstance(wo_a, Array):
             out_BTx = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-            low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=cfg.o_groups)
-            return linear(low_BTz, self.weights["wo_b"], num)
-        out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
+            groups = wo_a.shape[0] // cfg.o_rank
+            low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=groups)
+            return linear_over(low_BTz, self.weights["wo_b"], num, self.shards, "o_groups")
+        out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], -1, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(cfg.o_groups, cfg.o_rank, cfg.group_dim)
+        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(-1, cfg.o_rank, cfg.group_dim)
         # activations first: an einsum would transpose them
         low_GBTO = lax.dot_general(
             out_BTGg,
@@ -142,7 +173,7 @@ class Attention(nn.Module):
             precision=lax.Precision.HIGHEST,
         )
         low_BTz = num.cast(jnp.moveaxis(low_GBTO, 0, 2)).reshape(*out_BTNH.shape[:2], -1)
-        return linear(low_BTz, self.weights["wo_b"], num)
+        return linear_over(low_BTz, self.weights["wo_b"], num, self.shards, "o_groups")
 
 
 def per_head(turn: Rotation) -> Rotation:
@@ -174,7 +205,12 @@ class Window(NamedTuple):
 
 
 def _extend_window(
-    ring: store.Rows, kv_BTH: Array, index: Array, chunk: Chunk, num: Numerics
+    ring: store.Rows,
+    kv_BTH: Array,
+    index: Array,
+    chunk: Chunk,
+    num: Numerics,
+    shards: Shards = SINGLE,
 ) -> tuple[Window, store.Rows]:
     """The window in front of the chunk followed by the chunk's rows, and the advanced ring.
 
@@ -187,8 +223,8 @@ def _extend_window(
         rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
         return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
     history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
-    recent_BSH = jnp.concatenate([history, kv_BTH], axis=1)
-    ring = store.ring_write(ring, place, pos_B, count_B, recent_BSH, num.kernels)
+    recent_BSH = jnp.concatenate([context.history(history, kv_BTH, shards), kv_BTH], axis=1)
+    ring = context.write_ring(ring, place, chunk, recent_BSH, shards, num.kernels)
     return Window(recent_BSH, pos_B[:, None] + jnp.arange(-length, fresh)[None]), ring
 
 
@@ -268,6 +304,40 @@ def _attend_tile(
                 state, q_BTNH, rows, cache["keys"], place, query, visible_BT, cfg, num
             )
     return attend.finish(state, sink_N, num)
+
+
+def attend_shared(
+    q_BTNH: Array,
+    window: Window,
+    sink_N: Array,
+    chunk: Chunk,
+    cache: store.LayerCache,
+    index: Array,
+    query: indexer.IndexQuery | None,
+    ratio: int,
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+) -> Array:
+    """`attend_chunk` of a few tokens that all shards of a context have, each with its own rows.
+
+    The window counts on the first shard alone.
+    """
+    steps = jnp.arange(q_BTNH.shape[1])[None]
+    query_BT = chunk.pos_B[:, None] + steps
+    ago_BTS = query_BT[:, :, None] - window.position_BS[:, None]
+    mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (window.position_BS >= 0)[:, None]
+    mask_BTS &= shards.rank("context") == 0
+    state = attend.absorb(attend.start(q_BTNH), q_BTNH, window.rows_BSH, mask_BTS, num)
+    if ratio:
+        visible_BT = jnp.where(steps < chunk.count_B[:, None], (query_BT + 1) // ratio, 0)
+        visible_BT = context.rows_before(visible_BT, shards)
+        rows, place, mask_BTC = cache["rows"], chunk.place(index), None
+        if query is not None:
+            scores = indexer.score_rows(query, cache["keys"], place, visible_BT, num)
+            mask_BTC = context.selection_mask(scores, cfg.index_topk, shards)
+        state = _absorb_visible(state, q_BTNH, rows, place, visible_BT, mask_BTC, num)
+    return attend.finish(context.merge(state, shards), sink_N, num)
 
 
 def _absorb_visible(

@@ -18,6 +18,7 @@ from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear
 from dsv4_jax.params import block_specs, declare, mtp_specs
 from dsv4_jax.schedule import LayerKind
+from sharding.shards import SINGLE, Shards
 
 
 class Block(nn.Module):
@@ -26,15 +27,16 @@ class Block(nn.Module):
     cfg: ModelConfig
     num: Numerics
     kind: LayerKind
+    shards: Shards = SINGLE
 
     def setup(self) -> None:
         cfg, num, (ratio, is_hash) = self.cfg, self.num, self.kind
         specs = block_specs(cfg, ratio, is_hash)
         norms = {name: specs[name] for name in ("attn_norm", "ffn_norm")}
-        self.norms: dict[str, Any] = declare(self, cfg, norms)
+        self.norms: dict[str, Any] = declare(self, cfg, norms, self.shards)
         self.hc_attn, self.hc_ffn = HyperConnection(cfg), HyperConnection(cfg)
-        self.attn = Attention(cfg, num, ratio)
-        self.ffn = MoE(cfg, num, is_hash)
+        self.attn = Attention(cfg, num, ratio, self.shards)
+        self.ffn = MoE(cfg, num, is_hash, self.shards)
 
     def __call__(
         self, h_BTMD: Array, chunk: Chunk, cache: LayerCache, index: Array
@@ -59,13 +61,16 @@ class MTPBlock(nn.Module):
 
     cfg: ModelConfig
     num: Numerics
+    shards: Shards = SINGLE
 
     def setup(self) -> None:
         names = ("e_proj", "h_proj", "enorm", "hnorm", "norm")
         specs = mtp_specs(self.cfg)
-        self.weights: dict[str, Any] = declare(self, self.cfg, {n: specs[n] for n in names})
+        self.weights: dict[str, Any] = declare(
+            self, self.cfg, {n: specs[n] for n in names}, self.shards
+        )
         self.hc_head = HyperHead(self.cfg, self.num)
-        self.block = Block(self.cfg, self.num, LayerKind(0, False))
+        self.block = Block(self.cfg, self.num, LayerKind(0, False), self.shards)
         nn.share_scope(self, self.block)  # the official tensors of the block stand beside e_proj
 
     def __call__(

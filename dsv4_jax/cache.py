@@ -35,6 +35,7 @@ from dsv4_jax.quant import (
 )
 from dsv4_jax.schedule import layer_groups
 from pallas_kernels.row_update.api import update_rows
+from sharding.shards import SINGLE, Shards
 
 E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
@@ -95,9 +96,16 @@ class Cache:
 
 
 def init_cache(
-    cfg: ModelConfig, batch: int, max_len: int, num: Numerics, scan: bool = True
+    cfg: ModelConfig,
+    batch: int,
+    max_len: int,
+    num: Numerics,
+    scan: bool = True,
+    shards: Shards = SINGLE,
 ) -> Cache:
     """Empty state for `batch` sequences of up to `max_len` tokens.
+
+    shards: over how many devices the rows of a sequence are to be split, in whole blocks.
 
     Raises:
         ValueError: `max_len` is not positive or exceeds what the model was made for.
@@ -106,8 +114,12 @@ def init_cache(
         raise ValueError(f"max_len={max_len} must lie between 1 and the model's {cfg.max_len}")
 
     def rows_of(ratio: int) -> tuple[int, int]:
-        rows = row_capacity(max_len, ratio)
-        return batch, -(-rows // row_unit(rows)) * row_unit(rows) if num.kernels else rows
+        rows, parts = row_capacity(max_len, ratio), shards.count("context")
+        if parts > 1:
+            rows = -(-rows // (parts * shards.row_block)) * shards.row_block  # of one shard
+        if num.kernels:
+            rows = -(-rows // row_unit(rows)) * row_unit(rows)
+        return batch, rows * parts
 
     return _init(cfg, batch, rows_of, num, scan)
 
@@ -446,9 +458,23 @@ def ring_write(
 
     `recent` `[B, ring length + new, H]` is the history in front of `pos_B`, then the new entries.
     """
-    length, slots = num_rows(ring), place.slots(len(pos_B))
-    source = ring_positions(ring, pos_B + count_B - 1) - pos_B[:, None] + length
-    new = pack(ring, jnp.take_along_axis(recent, source[..., None], axis=1))
+    newest_BLH = newest(recent, num_rows(ring), pos_B, count_B)
+    return ring_put(ring, place, count_B, newest_BLH, kernels)
+
+
+def newest(recent: Array, length: int, pos_B: Array, count_B: Array) -> Array:
+    """Of `[B, length + new, H]` the last `length` up to the `count_B` first new, as a ring lies."""
+    last_B1 = (pos_B + count_B - 1)[:, None]
+    source = last_B1 - (last_B1 - jnp.arange(length)[None]) % length - pos_B[:, None] + length
+    return jnp.take_along_axis(recent, source[..., None], axis=1)
+
+
+def ring_put(
+    ring: Rows, place: Place, count_B: Array, newest_BLH: Array, kernels: str | None = None
+) -> Rows:
+    """Replaces whole rings; kernels leave those alone whose `count_B` is 0."""
+    length, slots = num_rows(ring), place.slots(len(count_B))
+    new = pack(ring, newest_BLH)
     if _by_kernel(ring, kernels):
         written_B = jnp.where(count_B > 0, length, 0)
         first_B = jnp.zeros_like(written_B)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv4_jax import cache as store
+from dsv4_jax import context
 from dsv4_jax.config import CSA
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.rope import Rotation, rotate, rotation
 from pallas_kernels.compress_step.api import compress_step
+from sharding.shards import SINGLE, Shards
 
 
 class Chunk(NamedTuple):
@@ -23,6 +25,7 @@ class Chunk(NamedTuple):
     pos_B: position of the first one. count_B: how many are real; the rest is padding.
     rope: rotations at the tokens' positions `[B, T, R/2]`, for window-only and compressed layers.
     slots_B, table_BP: as in `cache.Place`.
+    total_B: real tokens on all devices, where they are split.
     """
 
     pos_B: Array
@@ -30,6 +33,7 @@ class Chunk(NamedTuple):
     tokens_BT: Array
     rope_window: Rotation
     rope_rows: Rotation
+    total_B: Array
     slots_B: Array | None = None
     table_BP: Array | None = None
 
@@ -60,6 +64,7 @@ def compress(
     num: Numerics,
     norm_eps: float,
     freqs: Any,
+    shards: Shards = SINGLE,
 ) -> tuple[NewRows, dict[str, Any]]:
     """Rows completed by this chunk (normed and rotated, not yet rounded to low precision).
 
@@ -100,7 +105,8 @@ def compress(
         except NotImplementedError:
             if num.implementation is not None:
                 raise
-    recent, ring = _advance(ring, {"values": values_BTd, "scores": scores_BTd}, place, chunk, ratio)
+    new = {"values": values_BTd, "scores": scores_BTd}
+    recent, ring = _advance(ring, new, place, chunk, ratio, shards)
     num_new = -(-fresh // ratio)
 
     def finished(_) -> Array:
@@ -131,15 +137,14 @@ def _advance(
     place: store.Place,
     chunk: Chunk,
     ratio: int,
+    shards: Shards,
 ) -> tuple[Callable[[], Recent], dict[str, Any]]:
     """A way to read the ring's history with the chunk behind it, and the advanced ring."""
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
 
-    def history(ring: dict[str, Any], pos_B: Array) -> Recent:
-        def read(name: str) -> Array:
-            return store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
-
-        return Recent(read("values"), read("scores"), pos_B - length)
+    def before(name: str) -> Array:
+        old = store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
+        return context.history(old, new[name], shards)
 
     if new["values"].shape[1] == 1:
         ring = {
@@ -147,14 +152,13 @@ def _advance(
             for name in ring
         }
         return lambda: _windows_of(ring, place, pos_B, ratio), ring
-    old = history(ring, pos_B)
     recent = Recent(
-        jnp.concatenate([old.values, new["values"]], axis=1),
-        jnp.concatenate([old.scores, new["scores"]], axis=1),
-        old.start_B,
+        jnp.concatenate([before("values"), new["values"]], axis=1),
+        jnp.concatenate([before("scores"), new["scores"]], axis=1),
+        pos_B - length,
     )
     ring = {
-        name: store.ring_write(ring[name], place, pos_B, count_B, getattr(recent, name))
+        name: context.write_ring(ring[name], place, chunk, getattr(recent, name), shards)
         for name in ring
     }
     return lambda: recent, ring

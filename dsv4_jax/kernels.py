@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv4_jax import cache as store
+from dsv4_jax import context
 from dsv4_jax.compress import Chunk
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.indexer import IndexQuery
+from dsv4_jax.indexer import IndexQuery, score_tile
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation
 from pallas_kernels.index_topk import api as index_topk
 from pallas_kernels.sparse_attention import api as sparse_attention
+from sharding.shards import Shards
 
 PACKED_PAGE, PLAIN_PAGE = 128, 16  # rows of a page that can be copied into part of a tile
 
@@ -41,15 +43,10 @@ def attend(
 
     recent_BSH: the window before the chunk, then the chunk; None: one token, in the ring already.
     """
-    ring, fresh = cache["window"], q_BTNH.shape[1]
-    if recent_BSH is None:
-        bounds = sparse_attention.window_bounds(chunk.pos_B, 1, store.num_rows(ring), cfg.window)
-        window = sparse_attention.Window(_rows(ring), *bounds, index, chunk.slots_B)
-    else:
-        size = recent_BSH.shape[1]
-        bounds = sparse_attention.window_bounds(chunk.pos_B, fresh, size, cfg.window)
-        window = sparse_attention.Window(recent_BSH[None], *bounds)
-    compressed = _compressed(chunk, fresh, cache, index, query, ratio, cfg, num) if ratio else None
+    window = _window(recent_BSH, chunk, cache, index, q_BTNH.shape[1], cfg)
+    compressed = None
+    if ratio:
+        compressed = _compressed(chunk, q_BTNH.shape[1], cache, index, query, ratio, cfg, num)
     return sparse_attention.sparse_attention(
         q_BTNH,
         sink_N.astype(jnp.float32),
@@ -58,6 +55,108 @@ def attend(
         rotation=(turn.cos, turn.sin),
         implementation=num.kernels,  # type: ignore[arg-type]
     )
+
+
+def attend_shared(
+    q_BTNH: Array,
+    recent_BSH: Array | None,
+    sink_N: Array,
+    chunk: Chunk,
+    cache: store.LayerCache,
+    index: Array,
+    query: IndexQuery | None,
+    ratio: int,
+    turn: Rotation,
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+) -> Array:
+    """`attend` where each shard of a context has rows of its own; the first one has the window."""
+    fresh = q_BTNH.shape[1]
+    window = _window(recent_BSH, chunk, cache, index, fresh, cfg)
+    stop_BT = jnp.where(shards.rank("context") == 0, window.stop_BT, 0)
+    start_BT = jnp.minimum(window.start_BT, stop_BT)
+    compressed = None
+    if ratio:
+        visible_BT = context.rows_before(_visible(chunk, fresh, ratio), shards)
+        words = None
+        if query is not None:
+            words = _shared_choice(query, cache["keys"], visible_BT, chunk, index, cfg, num, shards)
+        compressed = sparse_attention.Compressed(_rows(cache["rows"]), visible_BT, index, words)
+    out_BTNH, log_BTN = sparse_attention.partial_attention(
+        q_BTNH,
+        window._replace(start_BT=start_BT, stop_BT=stop_BT),
+        compressed,
+        rotation=(turn.cos, turn.sin),
+        implementation=num.kernels,  # type: ignore[arg-type]
+    )
+    return num.cast(context.merge_parts(out_BTNH, log_BTN, sink_N, shards))
+
+
+def _shared_choice(
+    query: IndexQuery,
+    keys: store.Rows,
+    visible_BT: Array,
+    chunk: Chunk,
+    index: Array,
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+) -> Array:
+    """Mask words of this shard's rows among the best of all shards.
+
+    Each shard's candidates come from the kernel and are scored once more to be compared.
+    """
+    batch, fresh = visible_BT.shape
+    place, size = chunk.place(index), store.num_rows(keys)
+    keep = min(cfg.index_topk, size)
+    chosen = index_topk.select_rows(
+        query.q_BTIJ,
+        query.w_BTI,
+        _keys(keys),
+        visible_BT,
+        keep,
+        layer=index,
+        rounded=num.packed_cache,
+        implementation=num.kernels,  # type: ignore[arg-type]
+    )
+    rows_BTK = chosen.rows_BTK
+    keys_BTKJ = store.gather_rows(keys, place, rows_BTK, num.jnp_dtype)
+    alone = IndexQuery(*(a.reshape(batch * fresh, 1, *a.shape[2:]) for a in query))
+    scores = score_tile(alone, keys_BTKJ.reshape(batch * fresh, *keys_BTKJ.shape[2:]), num)[:, 0]
+    is_real = jnp.arange(keep)[None] < chosen.count_BT.reshape(-1, 1)
+    scores = jnp.where(is_real, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    rows = rows_BTK.reshape(batch * fresh, keep)
+    numbers = context.row_numbers(rows, shards)
+    bound, last = context.worst_winner(scores, numbers, cfg.index_topk, shards)
+    wins = is_real & ((scores > bound) | ((scores == bound) & (numbers <= last)))
+    rows = jnp.where(wins, rows, size)  # out of range: dropped
+    mask = jnp.zeros((batch * fresh, size), bool)
+    mask = mask.at[jnp.arange(batch * fresh)[:, None], rows].set(True, mode="drop")
+    return index_topk.mask_words(mask.reshape(batch, fresh, size))
+
+
+def _window(
+    recent_BSH: Array | None,
+    chunk: Chunk,
+    cache: store.LayerCache,
+    index: Array,
+    fresh: int,
+    cfg: ModelConfig,
+) -> sparse_attention.Window:
+    ring = cache["window"]
+    if recent_BSH is None:
+        bounds = sparse_attention.window_bounds(chunk.pos_B, 1, store.num_rows(ring), cfg.window)
+        return sparse_attention.Window(_rows(ring), *bounds, index, chunk.slots_B)
+    bounds = sparse_attention.window_bounds(chunk.pos_B, fresh, recent_BSH.shape[1], cfg.window)
+    return sparse_attention.Window(recent_BSH[None], *bounds)
+
+
+def _visible(chunk: Chunk, fresh: int, ratio: int) -> Array:
+    """Compressed rows that each query may see: `[B, T]`."""
+    steps = jnp.arange(fresh)[None]
+    visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
+    return jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
 
 
 def _compressed(
@@ -71,9 +170,7 @@ def _compressed(
     num: Numerics,
 ) -> sparse_attention.Compressed:
     """The rows that each query sees: all visible ones, or of those the indexer's choice."""
-    steps = jnp.arange(fresh)[None]
-    visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
-    visible_BT = jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
+    visible_BT = _visible(chunk, fresh, ratio)
     rows, layer, table_BP = _nested(cache["rows"], index, chunk.table_BP)
     words = None
     if query is not None and store.row_room(cache["rows"], chunk.place(index)) > cfg.index_topk:
@@ -81,9 +178,7 @@ def _compressed(
         words = index_topk.select_mask(
             query.q_BTIJ,
             query.w_BTI,
-            index_topk.FP4Keys(keys.codes, keys.scales)
-            if isinstance(keys, store.PackedKeys)
-            else keys,
+            _keys(keys),
             visible_BT,
             cfg.index_topk,
             layer=key_layer,
@@ -92,6 +187,13 @@ def _compressed(
             implementation=num.kernels,  # type: ignore[arg-type]
         )
     return sparse_attention.Compressed(_rows(rows), visible_BT, layer, words, None, table_BP)
+
+
+def _keys(keys: store.Rows) -> index_topk.FP4Keys | Array:
+    if isinstance(keys, store.PackedKeys):
+        return index_topk.FP4Keys(keys.codes, keys.scales)
+    assert isinstance(keys, Array)
+    return keys
 
 
 def _rows(rows: store.Rows) -> sparse_attention.RowStore:

@@ -19,13 +19,16 @@ from dsv4_jax.block import Block, MTPBlock
 from dsv4_jax.cache import Cache, LayerCache, init_cache
 from dsv4_jax.compress import Chunk
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.context import from_end, own_part, own_tokens
 from dsv4_jax.mhc import HyperHead
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32, matmul
-from dsv4_jax.params import init_tree, unit_specs
+from dsv4_jax.params import block_specs, init_tree, mtp_specs, top_specs, unit_specs
+from dsv4_jax.placement import gather_stored, stays_whole
 from dsv4_jax.quant import QuantizedArray, StackedWeight
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import Group, layer_groups, stack_layers
+from sharding.shards import SINGLE, Shards
 
 Params = dict[str, Any]
 
@@ -69,25 +72,27 @@ def prefill(
     cache: Cache,
     count_B: Array | None = None,
     all_logits: bool = False,
+    shards: Shards = SINGLE,
 ) -> tuple[Output, Cache]:
     """Runs T new tokens per sequence from where its cache stands.
 
     count_B: how many of the T are real (the rest is padding behind them); 0 leaves a sequence
     untouched. The caller keeps positions within the cache's capacity.
+    shards: inside a `jax.shard_map` only, see `parallel`: then arrays are one device's parts.
     """
     if count_B is None:
         count_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
-    chunk = _chunk(cfg, cache, cache.pos_B, count_B, tokens_BT)
-    top = params["top"]
-    x_BTD = num.cast(top["embed"][tokens_BT])
+    chunk = _chunk(cfg, cache, cache.pos_B, count_B, tokens_BT, shards)
+    top = gather_stored(cfg, top_specs(cfg), params["top"], shards)
+    x_BTD = num.cast(embed(top["embed"], chunk.tokens_BT, shards))
     h_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.dim))
     groups = layer_groups(cfg, is_scanned(cfg, params))
     new_groups = []
     for group, weights, state in zip(groups, params["groups"], cache.groups, strict=True):
-        h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state)
+        h_BTMD, state = _run_group(cfg, num, group, weights, h_BTMD, chunk, state, shards)
         new_groups.append(state)
-    kept = h_BTMD if all_logits else last_of(h_BTMD, count_B)
-    logits = logits_of(cfg, num, params, kept)
+    kept = h_BTMD if all_logits else _last(h_BTMD, chunk, shards)
+    logits = logits_of(cfg, num, {"top": top}, kept)
     cache = dataclasses.replace(cache, pos_B=cache.pos_B + count_B, groups=new_groups)
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
 
@@ -114,6 +119,7 @@ def draft(
     cache: Cache,
     count_B: Array | None = None,
     all_logits: bool = False,
+    shards: Shards = SINGLE,
 ) -> tuple[Output, Cache]:
     """The MTP block: streams of token i and the id of token i+1 give logits of token i+2.
 
@@ -123,15 +129,16 @@ def draft(
         raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers is 0)")
     if count_B is None:
         count_B = jnp.full(next_BT.shape[0], next_BT.shape[1], jnp.int32)
-    chunk = _chunk(cfg, cache, cache.mtp_pos_B, count_B, next_BT)
-    embedded_BTD = num.cast(params["top"]["embed"][next_BT])
-    weights, index = {"params": params["mtp"][0]}, jnp.int32(0)
-    out: Any = MTPBlock(cfg, num).apply(
-        weights, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], index
+    chunk = _chunk(cfg, cache, cache.mtp_pos_B, count_B, next_BT, shards)
+    top = gather_stored(cfg, top_specs(cfg), params["top"], shards)
+    embedded_BTD = num.cast(embed(top["embed"], chunk.tokens_BT, shards))
+    weights = {"params": gather_stored(cfg, mtp_specs(cfg), params["mtp"][0], shards)}
+    out: Any = MTPBlock(cfg, num, shards).apply(
+        weights, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], jnp.int32(0)
     )
     y_BTD, h_BTMD, state = out
-    kept = y_BTD if all_logits else last_of(y_BTD, count_B)
-    logits = output_head(kept, params["top"]["head"])
+    kept = y_BTD if all_logits else _last(y_BTD, chunk, shards)
+    logits = output_head(kept, top["head"])
     mtp_pos_B = cache.mtp_pos_B + count_B
     cache = dataclasses.replace(cache, mtp_pos_B=mtp_pos_B, mtp=[state, *cache.mtp[1:]])
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
@@ -164,12 +171,36 @@ def last_of(x: Array, count_B: Array) -> Array:
     return jnp.take_along_axis(x, at, axis=1)
 
 
-def _chunk(cfg: ModelConfig, cache: Cache, pos_B: Array, count_B: Array, tokens_BT: Array) -> Chunk:
+def embed(table_VD: Array, tokens_BT: Array, shards: Shards = SINGLE) -> Array:
+    """Rows of the table, whose vocabulary may be split over devices."""
+    if shards.count("vocab") == 1:
+        return table_VD[tokens_BT]
+    size = table_VD.shape[0]
+    local_BT = tokens_BT - shards.rank("vocab") * size
+    is_mine = (local_BT >= 0) & (local_BT < size)
+    return shards.one_of(table_VD[local_BT.clip(0, size - 1)], "vocab", is_mine[..., None])
+
+
+def _last(x: Array, chunk: Chunk, shards: Shards) -> Array:
+    return from_end(last_of(x, chunk.count_B), chunk, x.shape[1], shards)
+
+
+def _chunk(
+    cfg: ModelConfig,
+    cache: Cache,
+    pos_B: Array,
+    count_B: Array,
+    tokens_BT: Array,
+    shards: Shards = SINGLE,
+) -> Chunk:
+    """Where this device's tokens stand."""
+    tokens_BT, total_B = own_tokens(tokens_BT, shards), count_B
+    pos_B, count_B = own_part(pos_B, count_B, tokens_BT.shape[1], shards)
     positions_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     turns = tuple(rotation(frequencies(cfg, kind), positions_BT) for kind in (False, True))
     # kept apart: fused into their uses, sines would be computed for every head again
     window, rows = lax.optimization_barrier(turns)
-    return Chunk(pos_B, count_B, tokens_BT, window, rows, cache.slots_B, cache.table_BP)
+    return Chunk(pos_B, count_B, tokens_BT, window, rows, total_B, cache.slots_B, cache.table_BP)
 
 
 def _run_group(
@@ -180,19 +211,22 @@ def _run_group(
     h_BTMD: Array,
     chunk: Chunk,
     state: list[LayerCache],
+    shards: Shards,
 ) -> tuple[Array, list[LayerCache]]:
     """All layers of a group; a repeated pattern is one scan with the caches in its carry."""
 
     def pattern(h: Array, state: list[LayerCache], weights: list[Params], index: Array):
         new_state = []
         for kind, params, cache in zip(group.kinds, weights, state, strict=True):
-            h, cache = Block(cfg, num, kind).apply({"params": params}, h, chunk, cache, index)
+            params = gather_stored(cfg, block_specs(cfg, *kind), params, shards)
+            block = Block(cfg, num, kind, shards)
+            h, cache = block.apply({"params": params}, h, chunk, cache, index)
             new_state.append(cache)
         return h, new_state
 
     if group.repeats == 1:
         return pattern(h_BTMD, state, weights, jnp.int32(0))
-    cut, pick = _split_stacks(weights, num)
+    cut, pick = _split_stacks(weights, bool(num.matrix_kernels) and stays_whole(shards))
 
     def body(carry: tuple[Array, list[LayerCache]], xs: tuple[list[Array], Array]):
         h_BTm, state = carry
@@ -206,18 +240,18 @@ def _run_group(
 
 
 def _split_stacks(
-    weights: list[Params], num: Numerics
+    weights: list[Params], in_place: bool
 ) -> tuple[list[Any], Callable[[list[Any], Array], list[Params]]]:
     """What a scan cuts into layers, and how to get a layer's weights from that and its index.
 
-    Kernels read quantised weights where they lie in their stack; everything else is cut.
+    in_place: kernels read quantised weights where they lie in their stack; the rest is cut.
     """
 
     def is_weight(node: Any) -> bool:
         return isinstance(node, QuantizedArray)
 
     leaves, treedef = jax.tree.flatten(weights, is_leaf=is_weight)
-    stays = [bool(num.matrix_kernels) and is_weight(leaf) for leaf in leaves]
+    stays = [in_place and is_weight(leaf) for leaf in leaves]
 
     def pick(cut: list[Any], index: Array) -> list[Params]:
         rest = iter(cut)

@@ -10,10 +10,12 @@ from flax import linen as nn
 from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.exchange import Tokens, exchange
 from dsv4_jax.numerics import Numerics, Weight, linear, linear_f32
 from dsv4_jax.params import declare, moe_specs
 from dsv4_jax.quant import QuantizedArray, StackedWeight, index_expert
 from pallas_kernels.grouped_matmul.api import routed_experts
+from sharding.shards import SINGLE, Shards
 
 MIN_EXPERT_TILE, MAX_EXPERT_TILE = 8, 64  # rows of one expert that are multiplied together
 MAX_BRANCHES = 64  # experts for which a product each is compiled, on CPU
@@ -54,7 +56,9 @@ def _hashed(table_VA: Array, tokens_U: Array) -> Array:
     return lax.platform_dependent(table_VA, tokens_U, tpu=by_column, default=by_row)
 
 
-def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) -> Array:
+def expert_linear(
+    x: Array, weight: Weight, which: Array | None, num: Numerics, wide: bool = False
+) -> Array:
     """`linear` with entry `which` of a stack of weights (None: `weight` is no stack).
 
     XLA on CPU copies a matrix that it picks at run time twice as slowly as a fixed one, so there a
@@ -69,7 +73,7 @@ def expert_linear(x: Array, weight: Weight, which: Array | None, num: Numerics) 
         return lax.switch(which, fixed, x, weight)
 
     if which is None:
-        return linear(x, weight, num)
+        return linear(x, weight, num, wide=wide)
     if isinstance(weight, StackedWeight):
         weight = weight.cut()
     if isinstance(weight, QuantizedArray) or len(weight) > MAX_BRANCHES:
@@ -84,11 +88,12 @@ def expert(
     cfg: ModelConfig,
     num: Numerics,
     which: Array | None = None,
+    wide: bool = False,
 ) -> Array:
     """silu(clamped gate) · clamped up · routing weight, then down; `[Y, D]`.
 
     The routing weight comes before the down projection (inside the rounding of its input).
-    `which`: the expert to use, where weights are stacks.
+    `which`: the expert to use, where weights are stacks. `wide`: float32 sums, for one expert only.
     """
     gate_YF = expert_linear(x_YD, weights["w1"], which, num).astype(jnp.float32)
     up_YF = expert_linear(x_YD, weights["w3"], which, num).astype(jnp.float32)
@@ -98,7 +103,7 @@ def expert(
     hidden_YF = jax.nn.silu(gate_YF) * up_YF
     if scale_Y is not None:
         hidden_YF = hidden_YF * scale_Y[:, None]
-    return expert_linear(num.cast(hidden_YF), weights["w2"], which, num)
+    return expert_linear(num.cast(hidden_YF), weights["w2"], which, num, wide)
 
 
 def routed_sum(
@@ -111,6 +116,8 @@ def routed_sum(
 ) -> Array:
     """Σ over each token's experts, float32 `[U, D]`. Dropless; padding tokens cost nothing.
 
+    Experts may be those of one device, out of more; numbers from their count on cost nothing.
+
     A single token asks its experts one by one. Otherwise rows are sorted by expert and each
     expert's rows padded to tiles; a loop over the tiles in use picks the tile's expert, so weights
     are read (and decoded) one expert at a time.
@@ -118,7 +125,8 @@ def routed_sum(
     if num.matrix_kernels and not isinstance(weights["w1"], Array):
         return _kernel_sum(weights, x_UD, routing, real_U, cfg, num)
     tokens, per_token = routing.experts_UA.shape
-    if tokens == 1:
+    num_experts = weights["w1"].shape[0]  # of this device
+    if tokens == 1 and num_experts == cfg.num_experts:
 
         def add(a: Array, total: Array) -> Array:
             which, weight_U = routing.experts_UA[0, a], routing.weights_UA[:, a]
@@ -126,7 +134,7 @@ def routed_sum(
             return total + part.astype(jnp.float32)
 
         return lax.fori_loop(0, per_token, add, jnp.zeros(x_UD.shape, jnp.float32))
-    num_experts, rows = cfg.num_experts, tokens * per_token
+    rows = tokens * per_token
     tile = expert_tile(tokens, rows, num_experts)
     capacity = min(rows, -(-rows // tile) + num_experts) * tile
     owner_Y = jnp.where(real_U[:, None], routing.experts_UA, num_experts).reshape(-1)
@@ -172,7 +180,7 @@ def _kernel_sum(
     stored = {name: w.stack if stacked else w for name, w in weights.items()}
     return routed_experts(
         x_UD,
-        jnp.where(real_U[:, None], routing.experts_UA, cfg.num_experts),
+        jnp.where(real_U[:, None], routing.experts_UA, weights["w1"].shape[0]),
         routing.weights_UA,
         stored["w1"],
         stored["w3"],
@@ -196,15 +204,30 @@ class MoE(nn.Module):
     cfg: ModelConfig
     num: Numerics
     is_hash: bool
+    shards: Shards = SINGLE
 
     def setup(self) -> None:
-        self.weights: dict[str, Any] = declare(self, self.cfg, moe_specs(self.cfg, self.is_hash))
+        specs = moe_specs(self.cfg, self.is_hash)
+        self.weights: dict[str, Any] = declare(self, self.cfg, specs, self.shards)
 
     def __call__(self, x_BTD: Array, tokens_BT: Array, real_BT: Array) -> Array:
         cfg, num, w = self.cfg, self.num, self.weights
         x_UD = x_BTD.reshape(-1, cfg.dim)
         routing = route(w["gate"], x_UD, tokens_BT.reshape(-1), cfg)
-        routed_UD = routed_sum(w["experts"], x_UD, routing, real_BT.reshape(-1), cfg, num)
-        shared_UD = expert(w["shared"], x_UD, None, cfg, num)
+
+        def run(x_UD: Array, experts_UA: Array, weights_UA: Array, real_U: Array) -> Array:
+            return routed_sum(w["experts"], x_UD, Routing(experts_UA, weights_UA), real_U, cfg, num)
+
+        tokens = Tokens(x_UD, *routing, real_BT.reshape(-1))
+        routed_UD = exchange(tokens, w["experts"]["w1"].shape[0], run, num, self.shards)
+        shared_UD = self._shared(x_UD)
         out_UD = num.cast(routed_UD + shared_UD.astype(jnp.float32))
         return out_UD.reshape(x_BTD.shape)
+
+    def _shared(self, x_UD: Array) -> Array:
+        """The shared expert; its width may be split over devices."""
+        cfg, num, shards = self.cfg, self.num, self.shards
+        if shards.count("mlp") == 1:
+            return expert(self.weights["shared"], x_UD, None, cfg, num)
+        part_UD = expert(self.weights["shared"], x_UD, None, cfg, num, wide=True)
+        return num.cast(shards.total(part_UD, "mlp"))

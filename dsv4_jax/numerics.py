@@ -18,6 +18,7 @@ from dsv4_jax.quant import (
     round_to,
 )
 from pallas_kernels.block_matmul.api import block_matmul
+from sharding.shards import Shards
 
 FEW_ROWS = 32  # up to these many rows a product is bound by its weights
 MODES = ("reference", "plain")
@@ -114,25 +115,38 @@ def _dot(x: Array, w: Array) -> Array:
 Weight = Array | QuantizedArray | StackedWeight
 
 
-def linear(x: Array, weight: Weight, num: Numerics, rounded: bool = True) -> Array:
+def linear(
+    x: Array, weight: Weight, num: Numerics, rounded: bool = True, wide: bool = False
+) -> Array:
     """`x · Wᵀ` as the official code does it, in the activation dtype.
+
+    With `wide` the float32 sums stay as they are, for more to be added.
 
     With `rounded`, a quantised weight in reference mode sees its input rounded to FP8 per token and
     128 channels. Products of such codes are exact in bfloat16 while scales are powers of two;
     float32 scales (-Base) need float32 products.
     """
     if num.matrix_kernels and not isinstance(weight, Array) and is_fp8(weight):
-        return fp8_matmul(x, weight, num, rounded=num.rounds and rounded)
+        return fp8_matmul(x, weight, num, rounded=num.rounds and rounded, wide=wide)
     if isinstance(weight, StackedWeight):
         weight = weight.cut()
+    work = num.jnp_dtype
     if isinstance(weight, QuantizedArray):
         if num.rounds and rounded:
             x = fake_fp8(x, ACT_BLOCK)
         exact = weight.scales.dtype == jnp.float8_e8m0fnu
-        work = num.jnp_dtype if exact else jnp.dtype(jnp.float32)
-        return num.cast(matmul(x.astype(work), dequantize(weight, work)))
-    work = num.jnp_dtype
-    return num.cast(matmul(x.astype(work), weight.astype(work)))
+        work = work if exact else jnp.dtype(jnp.float32)
+    out = matmul(x.astype(work), dequantize(weight, work))
+    return out if wide else num.cast(out)
+
+
+def linear_over(
+    x: Array, weight: Weight, num: Numerics, shards: Shards, name: str, rounded: bool = True
+) -> Array:
+    """`linear` whose input dimension `name` is split over devices: Σ of their float32 parts."""
+    if shards.count(name) == 1:
+        return linear(x, weight, num, rounded)
+    return num.cast(shards.total(linear(x, weight, num, rounded, wide=True), name))
 
 
 def is_fp8(weight: QuantizedArray | StackedWeight) -> bool:
@@ -145,6 +159,7 @@ def fp8_matmul(
     num: Numerics,
     rounded: bool,
     groups: int = 1,
+    wide: bool = False,
 ) -> Array:
     """`linear` by its kernel; with `groups`, part g of the outputs sees part g of `x` only."""
     stacked = isinstance(weight, StackedWeight)
@@ -156,6 +171,7 @@ def fp8_matmul(
         layer=weight.layer if stacked else None,
         groups=groups,
         round_activations=rounded,
+        out_dtype=jnp.float32 if wide else jnp.bfloat16,
         implementation=num.matrix_kernels,
     )
 

@@ -11,7 +11,7 @@ same parameters:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from dsv4_jax.quant import (
     StackedWeight,
     quantize_weight,
 )
+from sharding.shards import SINGLE, Shards
 
 Tree = dict[str, Any]
 
@@ -54,6 +55,13 @@ class ParamSpec:
     def logical(self) -> tuple[str | None, ...]:
         """Logical name of each dimension, for sharding rules."""
         return tuple(DIMS[letter].logical for letter in self.dims)
+
+    def part(self, shards: Shards) -> ParamSpec:
+        """The spec of what one device works on."""
+        if shards.mesh is None:
+            return self
+        spec = shards.spec(self.logical, self.shape, label=self.dims, store=False)
+        return replace(self, shape=shards.local_shape(spec, self.shape))
 
     def abstract(self, cfg: ModelConfig) -> jax.ShapeDtypeStruct | QuantizedArray:
         """Shapes and dtypes of the stored form."""
@@ -136,16 +144,16 @@ def attention_specs(cfg: ModelConfig, ratio: int) -> Tree:
 
 def moe_specs(cfg: ModelConfig, is_hash: bool) -> Tree:
     """Router, routed experts and the shared expert of one layer."""
-    gate = {"weight": _p(cfg, "ED")}
+    gate = {"weight": _p(cfg, "eD")}
     if is_hash:
-        gate["tid2eid"] = _p(cfg, "VA", "int32", init="hash")
+        gate["tid2eid"] = _p(cfg, "vA", "int32", init="hash")
     else:
-        gate["bias"] = _p(cfg, "E", "float32", init="zeros")
-    wide = {"w1": "FD", "w3": "FD", "w2": "DF"}
+        gate["bias"] = _p(cfg, "e", "float32", init="zeros")
+    wide, shared = {"w1": "EFD", "w3": "EFD", "w2": "EDF"}, {"w1": "fD", "w3": "fD", "w2": "Df"}
     return {
         "gate": gate,
-        "experts": {k: _p(cfg, "E" + dims, role="expert") for k, dims in wide.items()},
-        "shared": {k: _p(cfg, dims, role="dense") for k, dims in wide.items()},
+        "experts": {k: _p(cfg, dims, role="expert") for k, dims in wide.items()},
+        "shared": {k: _p(cfg, dims, role="dense") for k, dims in shared.items()},
     }
 
 
@@ -203,12 +211,13 @@ def abstract(cfg: ModelConfig, specs: Any) -> Any:
     return jax.tree.map(lambda s: s.abstract(cfg), specs, is_leaf=is_spec)
 
 
-def declare(module: nn.Module, cfg: ModelConfig, specs: Tree) -> Tree:
+def declare(module: nn.Module, cfg: ModelConfig, specs: Tree, shards: Shards = SINGLE) -> Tree:
     """Declares every entry of `specs` as a parameter of a Linen module and returns their values.
 
     An entry may be a spec or a tree of specs; Linen checks the shapes of what is passed in, but
-    for weights still in their stack: there we do.
+    for weights still in their stack: there we do. Over several devices each has its part.
     """
+    specs = jax.tree.map(lambda spec: spec.part(shards), specs, is_leaf=is_spec)
 
     def value(name: str, tree: Any) -> Any:
         if not _is_stacked(module.variables.get("params", {}).get(name)):

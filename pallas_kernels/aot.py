@@ -122,7 +122,7 @@ def compile_for(
     avals = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in args]
     with jax.set_mesh(mesh):  # lets Pallas see the kind of TPU
         traced = jax.jit(fn, donate_argnums=donate).trace(*avals)
-        compiled, text = _compile(traced.lower())
+        compiled, text = compile_with_text(traced.lower())
     memory = compiled.memory_analysis()
     assert memory is not None
     moved = hlo.moved(text)
@@ -143,7 +143,7 @@ def compile_for(
     )
 
 
-def _compile(lowered: Any) -> tuple[Any, str]:
+def compile_with_text(lowered: Any) -> tuple[Any, str]:
     """The compiled program and its HLO text, from the compiler's own dump.
 
     `as_text()` of a program whose gathers moved to the SparseCore fails: RET_CHECK … async-update.

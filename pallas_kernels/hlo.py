@@ -94,6 +94,32 @@ def moved(text: str) -> collections.Counter[str]:
     return _moved(module, module.entry, {})
 
 
+def runs(text: str) -> Iterator[tuple[int, dict[str, Op], Op]]:
+    """Every operation outside fusions: how often it runs, its neighbours by name, itself.
+
+    Of conditionals all branches count.
+    """
+    module = parse(text)
+
+    def walk(name: str, times: int) -> Iterator[tuple[int, dict[str, Op], Op]]:
+        here = module.computations.get(name, {})
+        for op in here.values():
+            yield times, here, op
+            if op.kind == "while":
+                trips = _trips(module, _called(op, "condition"))
+                yield from walk(_called(op, "body"), times * trips)
+            elif op.kind in ("call", "async-start"):
+                yield from walk(_called(op, "to_apply|calls"), times)
+            elif op.kind == "conditional":
+                parts = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
+                names = re.findall(r"[\w.\-]+", parts[1]) if parts else []
+                names += [_called(op, f"{branch}_computation") for branch in ("true", "false")]
+                for branch in names:
+                    yield from walk(branch, times)
+
+    yield from walk(module.entry, 1)
+
+
 def largest(text: str, count: int) -> list[str]:
     """The largest arrays in HBM that operations make: what is passed in or updated is none."""
     module, found = parse(text), {}

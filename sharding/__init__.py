@@ -1,1 +1,1 @@
-"""Where arrays live: mesh axes, the table from dimension names to axes, placement."""
+"""Where arrays live: mesh axes, the table from dimension names to axes, placement, collectives."""

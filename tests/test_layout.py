@@ -79,6 +79,8 @@ def test_imports_follow_the_layers(package):
 
 def test_the_model_uses_kernels_through_their_api_only():
     for path in sources("dsv4_jax"):
+        if "preflight" in path.parts:  # compiles whole programs and reads what came out
+            continue
         for name in imported_names(path):
             parts = name.split(".")
             if parts[0] == "pallas_kernels":

@@ -13,11 +13,19 @@ from pallas_kernels import paging
 from pallas_kernels.index_topk.reference import words_mask
 from pallas_kernels.sparse_attention import kernel, reference
 
-__all__ = ["Compressed", "PackedRows", "Window", "sparse_attention", "window_bounds"]
+__all__ = [
+    "Compressed",
+    "PackedRows",
+    "Window",
+    "partial_attention",
+    "sparse_attention",
+    "window_bounds",
+]
 
 Implementation = Literal["reference", "pallas", "interpret"]
 LANES, HEADS, BLOCK = 128, 8, 64
 MAX_QUERIES = 1 << 15  # their limits live in SMEM
+NO_SINK = -1e30  # vanishes beside any row
 
 
 class PackedRows(NamedTuple):
@@ -107,19 +115,44 @@ def sparse_attention(
         ValueError: shapes or dtypes do not fit together.
         NotImplementedError: the kernel does not cover these sizes.
     """
-    _check(q_BTNH, sink_N, window, compressed, rotation)
     args = (q_BTNH, sink_N, window, compressed, rotation)
+    return _dispatch(args, False, implementation)[0]
+
+
+def partial_attention(
+    q_BTNH: Array,
+    window: Window,
+    compressed: Compressed | None = None,
+    *,
+    rotation: tuple[Array, Array] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """Attention over some of the rows, without sink, and the logarithms of its denominators.
+
+    Parts o, l of several places are Σ o·exp(l) / Σ exp(l) together; the sink's l is itself. Without
+    any row o is 0 and l is `NO_SINK`. Output `[B, T, N, H]`, float32 `[B, T, N]`. Arguments and
+    errors as of `sparse_attention`.
+    """
+    sink_N = jnp.full(q_BTNH.shape[2], NO_SINK, jnp.float32)
+    args = (q_BTNH, sink_N, window, compressed, rotation)
+    return _dispatch(args, True, implementation)
+
+
+def _dispatch(args, part: bool, implementation: Implementation | None) -> tuple[Array, Array]:
+    q_BTNH, _, window, compressed, rotation = args
+    _check(*args)
     if implementation == "reference":
         return _reference(*args)
     if implementation is not None:
         if implementation not in ("pallas", "interpret"):
             raise ValueError(f"implementation={implementation!r} is unknown")
-        return _kernel(*args, interpret=implementation == "interpret")
+        return _kernel(*args, part=part, interpret=implementation == "interpret")
     try:
         plan(q_BTNH, window, compressed, rotation is not None)
     except NotImplementedError:
         return _reference(*args)
-    return lax.platform_dependent(*args, tpu=partial(_kernel, interpret=False), default=_reference)
+    run = partial(_kernel, part=part, interpret=False)
+    return lax.platform_dependent(*args, tpu=run, default=_reference)
 
 
 def _num_rows(rows: RowStore) -> int:
@@ -302,8 +335,10 @@ def _slots(window: Window) -> Array:
     return jnp.arange(len(window.start_BT)) if window.slots_B is None else window.slots_B
 
 
-def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array:
-    sizes = plan(q_BTNH, window, compressed, rotation is not None)
+def _kernel(
+    q_BTNH, sink_N, window, compressed, rotation, *, part, interpret
+) -> tuple[Array, Array]:
+    sizes = plan(q_BTNH, window, compressed, rotation is not None)._replace(part=part)
     heads = q_BTNH.shape[2]
     if more := sizes.heads - heads:
         q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, more), (0, 0)))
@@ -319,7 +354,7 @@ def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array
         if compressed.table_BP is not None:
             assert sizes.rows is not None
             table = paging.table_blocks(compressed.table_BP, sizes.rows.page, sizes.rows.tile)
-    out_BTNH = kernel.sparse_attention(
+    out_BTNH, *log = kernel.sparse_attention(
         sizes,
         _limits(sizes, window, compressed),
         q_BTNH,
@@ -331,7 +366,8 @@ def _kernel(q_BTNH, sink_N, window, compressed, rotation, *, interpret) -> Array
         () if compressed is None else _columns(compressed.rows),
         interpret,
     )
-    return out_BTNH[:, :, :heads]
+    log_BTN = log[0][:, :, :heads, 0] if part else jnp.zeros(out_BTNH.shape[:3], jnp.float32)
+    return out_BTNH[:, :, :heads], log_BTN[:, :, :heads]
 
 
 def _turn(cos_BTr: Array, sin_BTr: Array) -> tuple[Array, Array]:
@@ -357,7 +393,7 @@ def _unpacked(rows: RowStore, channels: int, layer: Array | int, table_BP: Array
     return reference.plain_rows(paging.unpaged(rows, layer, table_BP))
 
 
-def _reference(q_BTNH, sink_N, window, compressed, rotation) -> Array:
+def _reference(q_BTNH, sink_N, window, compressed, rotation) -> tuple[Array, Array]:
     channels = q_BTNH.shape[-1]
     rows = _unpacked(window.rows, channels, window.layer, None)[_slots(window)][:, None]
     index = jnp.arange(rows.shape[2])[None, None]
@@ -377,7 +413,7 @@ def _reference(q_BTNH, sink_N, window, compressed, rotation) -> Array:
             shown &= words_mask(compressed.words, more.shape[2])
         rows = jnp.concatenate([rows, more], axis=2)
         mask = jnp.concatenate([mask, shown], axis=2)
-    out = reference.attend(q_BTNH, rows, mask, sink_N)
+    out, log_BTN = reference.attend(q_BTNH, rows, mask, sink_N)
     if rotation is not None:
         out = reference.turn_back(out, *(a.astype(jnp.float32) for a in rotation))
-    return out.astype(q_BTNH.dtype)
+    return out.astype(q_BTNH.dtype), log_BTN

@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     masked: bool
     gathered: bool
     turned: bool  # undo the rotation of the output
+    part: bool = False  # also write the logarithm of the denominator
 
 
 def pick_queries(fresh: int, heads: int) -> int:
@@ -176,9 +177,12 @@ class Softmax:
         added = _dot(probs.astype(self.q.dtype), keys, columns)
         self.sum_ref[...] = self.sum_ref[...] * decay + added
 
-    def finish(self, out_ref, cos_ref, sin_ref) -> None:
+    def finish(self, out_ref, cos_ref, sin_ref, log_ref) -> None:
         """Writes the output, the last 128 channels turned back if asked."""
         plan, dtype = self.plan, self.q.dtype
+        if log_ref is not None:
+            log = self.peak_ref[...] + jnp.log(self.total_ref[...])
+            log_ref[...] = log.reshape(log_ref.shape)
         out = (self.sum_ref[...] / self.total_ref[:, :1]).astype(dtype)
         if plan.turned:
             still, last = out[:, : plan.channels - LANES], out[:, plan.channels - LANES :]
@@ -220,7 +224,8 @@ def _body(plan: Plan, *refs) -> None:
     table_ref = refs.pop(0) if plan.rows and plan.rows.page else None
     window_refs = [refs.pop(0) for _ in range(plan.window.num_arrays)]
     rows_refs = [refs.pop(0) for _ in range(plan.rows.num_arrays)] if plan.rows else []
-    out_ref, peak_ref, total_ref, sum_ref = (refs.pop(0) for _ in range(4))
+    out_ref, log_ref = refs.pop(0), refs.pop(0) if plan.part else None
+    peak_ref, total_ref, sum_ref = (refs.pop(0) for _ in range(3))
     window_buffers = [refs.pop(0) for _ in window_refs]
     window_sem = refs.pop(0)
     block = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
@@ -253,7 +258,7 @@ def _body(plan: Plan, *refs) -> None:
         _visible(plan, limits, block, chosen_ref, softmax, rows)
     else:
         _window(plan, limits, block, softmax, window)
-    softmax.finish(out_ref, cos_ref, sin_ref)
+    softmax.finish(out_ref, cos_ref, sin_ref, log_ref)
 
 
 def _window(plan: Plan, limits: Limits, block: Array, softmax: Softmax, window: Stream) -> None:
@@ -369,10 +374,11 @@ def sparse_attention(
     window: tuple[Array, ...],
     rows: tuple[Array, ...],
     interpret: bool | pltpu.InterpretParams,
-) -> Array:
-    """Output `[B, T, N, H]`. turn: cos and signed sin `[B, T, 128]`. chosen: mask words
-    `[B, T, W]`, or row numbers `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`.
-    window, rows: columns or rows.
+) -> tuple[Array, ...]:
+    """Output `[B, T, N, H]`, and of a part the denominators' logarithms, float32 `[B, T, N, 128]`.
+
+    turn: cos and signed sin `[B, T, 128]`. chosen: mask words `[B, T, W]`, or row numbers
+    `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`. window, rows: columns or rows.
     """
     batch, fresh, heads, channels = q_BTNH.shape
     blocks = limits.window_end.size // batch
@@ -420,16 +426,20 @@ def sparse_attention(
         inputs.append(table)
         read += 4 * table.size
     in_specs += [pl.BlockSpec(memory_space=pltpu.HBM)] * (len(window) + len(rows))
+    outputs = [(q_BTNH.shape, q_BTNH.dtype)]
+    if plan.part:
+        outputs.append(((*q_BTNH.shape[:3], LANES), jnp.dtype(f32)))
     return pl.pallas_call(
         partial(_body, plan),
-        out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
+        out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(limits),
             grid=(batch, blocks),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec(
-                (1, plan.queries, heads, channels), lambda b, t, *_: (b, t, 0, 0)
-            ),
+            out_specs=[
+                pl.BlockSpec((1, plan.queries, heads, shape[-1]), lambda b, t, *_: (b, t, 0, 0))
+                for shape, _ in outputs
+            ],
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(

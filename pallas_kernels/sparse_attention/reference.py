@@ -26,8 +26,8 @@ def plain_rows(rows: Array) -> Array:
     return rows.astype(jnp.float32)
 
 
-def attend(q_BTNH: Array, rows_BTSH: Array, mask_BTS: Array, sink_N: Array) -> Array:
-    """Softmax over the masked rows and the sink, which has no value.
+def attend(q_BTNH: Array, rows_BTSH: Array, mask_BTS: Array, sink_N: Array) -> tuple[Array, Array]:
+    """Softmax over the masked rows and the sink, which has no value; logarithm of its denominator.
 
     rows: `[B, T, S, H]`, or `[B, 1, S, H]` shared by all queries. Probabilities are rounded to the
     queries' dtype in front of the sum, relative to the row's maximum, not in the denominator.
@@ -41,7 +41,8 @@ def attend(q_BTNH: Array, rows_BTSH: Array, mask_BTS: Array, sink_N: Array) -> A
     probs = jnp.exp(scores - peak)
     total = probs.sum(axis=-1, keepdims=True) + jnp.exp(sink - peak)
     probs = _round(probs, q_BTNH.dtype)
-    return _round(jnp.einsum("BTNS,BTSH->BTNH", probs, rows, precision=exact) / total, q_BTNH.dtype)
+    out = jnp.einsum("BTNS,BTSH->BTNH", probs, rows, precision=exact) / total
+    return _round(out, q_BTNH.dtype), (peak + jnp.log(total))[..., 0]
 
 
 def _round(x: Array, dtype: jnp.dtype) -> Array:

@@ -1,6 +1,7 @@
 """sparse_attention: one contract for the reference and the interpreted kernel."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +217,9 @@ def test_reference_equals_the_model(fresh):
     pos_B = jnp.asarray([0, 40, 600], jnp.int32)
     turn = Rotation(jnp.zeros((3, fresh, 32)), jnp.zeros((3, fresh, 32)))  # not used here
     tokens = jnp.zeros((3, fresh), jnp.int32)
-    chunk = Chunk(pos_B, jnp.full(3, fresh, jnp.int32), tokens, turn, turn)
+    chunk = Chunk(
+        pos_B, jnp.full(3, fresh, jnp.int32), tokens, turn, turn, jnp.full(3, fresh, jnp.int32)
+    )
     ring, rows = (
         store.PackedRows(*row_store(rng, case, size), case.rope)
         for size in (case.window, case.capacity)
@@ -296,3 +299,37 @@ def test_sizes_outside_the_kernel_are_refused_by_name_and_chosen_around():
         call(case, "interpret", *args)
     out = np.asarray(jax.jit(functools.partial(call, case, None))(*args), np.float64)
     assert np.abs(out - by_loops(case, args)).max() < 0.05
+
+
+def call_part(case, implementation, keep, *args):
+    """`call` with the window or the compressed rows alone, and the logarithms."""
+
+    def part(q, sink, window, compressed, **more):
+        nothing = jnp.zeros_like(window.start_BT)
+        if keep == "window":
+            compressed = None
+        else:
+            window = window._replace(start_BT=nothing, stop_BT=nothing)
+        return api.partial_attention(q, window, compressed, **more)
+
+    with mock.patch.object(api, "sparse_attention", part):
+        return call(case, implementation, *args)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_parts_add_up_to_the_whole(implementation):
+    """Window and compressed rows apart, merged by their denominators, with the sink at the end."""
+    case = SMALL["decode_masked"]
+    args = arguments(case)
+    whole = np.asarray(compiled(case, implementation)(*args), np.float64)
+    parts = [
+        np.asarray(a, np.float64)
+        for keep in ("window", "rows")
+        for a in jax.jit(functools.partial(call_part, case, implementation, keep))(*args)
+    ]
+    sink = np.asarray(args[1], np.float64)[None, None]
+    peak = np.maximum(np.maximum(parts[1], parts[3]), sink)
+    weights = [np.exp(part - peak) for part in (parts[1], parts[3])]
+    total = weights[0] + weights[1] + np.exp(sink - peak)
+    merged = sum(out * w[..., None] for out, w in zip(parts[::2], weights, strict=True))
+    assert np.abs(merged / total[..., None] - whole).max() < 0.02 * np.abs(whole).max()

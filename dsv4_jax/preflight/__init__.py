@@ -1,0 +1,1 @@
+"""Knowing before renting: programs compiled for slices that are not there."""

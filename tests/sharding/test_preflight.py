@@ -1,0 +1,152 @@
+"""Preflight: answers by size alone, the report, and (with libtpu) what the compiler says."""
+
+import json
+
+import pytest
+
+from dsv4_jax import presets
+from dsv4_jax.preflight import command, measure, render, slices, traffic
+from dsv4_jax.preflight.compile import Report
+from dsv4_jax.preflight.programs import Sizes
+from pallas_kernels import aot
+from scripts import preflight
+from sharding.mesh import MeshShape, MeshSizes
+from sharding.shards import Shards
+
+REASON = aot.skip_reason()
+SHORT = {"num_layers": 5, "compress_ratios": (0, 4, 128, 4, 128, 0), "num_hash_layers": 1}
+SIZES = Sizes(64, 8192, 2048)
+
+
+def run(capsys, *args):
+    code = preflight.main(["--topology", "v6e:2x4", *args])
+    return code, capsys.readouterr()
+
+
+def test_estimates_name_the_best_mesh_and_the_smallest_slice(capsys):
+    code, out = run(capsys, "--model", "v4-flash", "--estimate")
+    assert code == 0
+    assert out.out.splitlines()[1].split()[:2] == ["expert=2,tensor=4", "yes"]
+    assert "smallest v6e slice that holds it: v6e:2x4" in out.out
+
+
+def test_pro_does_not_fit_eight_chips(capsys):
+    code, out = run(capsys, "--model", "v4-pro", "--estimate", "--json")
+    assert code == 0 and not any(row["fits"] for row in json.loads(out.out))
+    _, out = run(capsys, "--model", "v4-pro", "--estimate")
+    assert "smallest v6e slice that holds it: v6e:8x8" in out.out
+
+
+def test_explain_lists_every_parameter(capsys):
+    code, out = run(capsys, "--model", "tiny", "--explain", "--mesh", "expert=8", "--json")
+    rows = json.loads(out.out)
+    assert code == 0
+    experts = next(row for row in rows if row["name"].endswith("experts/w1.codes"))
+    assert experts["placement"][-3:] == ["expert", None, None]
+    assert experts["device_bytes"] * 8 == experts["total_bytes"]
+    _, out = run(capsys, "--model", "v4-flash", "--explain", "--mesh", "expert=8")
+    assert "25.920 GiB of weights on each device" in out.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "v5-huge"], "--model v5-huge: no such file, and none of v4-flash"),
+        (["--model", "tiny", "--program", "dance"], "program 'dance' must be one of decode"),
+        (["--model", "tiny", "--mesh", "expert=4", "--explain"], "has 4 devices, v6e:2x4 has 8"),
+        (["--model", "tiny", "--batch", "0"], "--batch 0 must be positive"),
+        (["--model", "tiny", "--context", "9999999"], "must lie between 1 and the model's 8192"),
+        (["--model", "tiny", "--program", "prefill", "--chunk", "0"], "--chunk 0 must lie"),
+        (
+            ["--model", "tiny", "--topology", "v6e-8", "--estimate"],
+            "'v6e-8' must look like",
+        ),
+        (["--model", "tiny", "--batch", "3", "--mesh", "expert=8", "--estimate"], "batch of 3"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(args, message, capsys):
+    code, out = run(capsys, *args)
+    assert code == 2 and message in out.err and out.err.count("\n") == 1
+
+
+def test_a_page_has_bars_and_no_markup_from_outside():
+    report = Report("<b>", "v6e:2x4", 8, "expert=8", "decode", 64, 8192, 1, 2**35, 2**34, 2**30)
+    report.fits, report.floor = True, {"compute": 0.001, "HBM": 0.02, "ICI": 0.0001}
+    report.sent = {"all-gather": 2 * 10**7}
+    page = render.page([report])
+    assert page.count("<rect") == 5 + 3 and "&lt;b&gt;" in page and "<b>" not in page
+    assert "HBM " in render.text(report) and report.limit == "HBM"
+    assert json.loads(json.dumps(report.to_json()))["tokens_per_s"] == 64 / 0.02
+
+
+HLO = """HloModule step
+
+%body (p: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  %x = f32[8,64]{1,0} get-tuple-element(%p), index=1
+  %r = f32[8,64]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %t = (s32[], f32[8,64]{1,0}) tuple(%i, %r)
+}
+
+%cond (p: (s32[], f32[8,64])) -> pred[] {
+  %p = (s32[], f32[8,64]{1,0}) parameter(0)
+  %n = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,64]) -> f32[8,64] {
+  %a = f32[8,64]{1,0} parameter(0)
+  %g = f32[64,64]{1,0} all-gather(%a), replica_groups=[1,8]<=[8], dimensions={0}
+  %w = (s32[], f32[8,64]{1,0}) while(%t), condition=%cond, body=%body
+  ROOT %o = f32[8,64]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_collectives_count_as_often_as_they_run():
+    sent = measure.collectives(HLO)
+    assert sent == {"all-gather": 64 * 64 * 4 * 7 // 8, "all-reduce": 10 * 2 * 3 * 8 * 64}
+
+
+def test_the_formula_grows_with_the_group():
+    cfg = presets.v4_flash()
+
+    def sent(mesh, fresh=1, batch=64):
+        shards = Shards(MeshSizes(MeshShape.parse(mesh)))
+        return sum(traffic.sent_bytes(cfg, shards, SIZES._replace(batch=batch), fresh).values())
+
+    assert sent("data=8") == 0
+    assert sent("expert=2") < sent("expert=4")
+    assert sent("expert=4", 2) == 2 * sent("expert=4", 1)
+    assert sent("context=8", 8192, 1) > sent("context=8", 8192 // 2, 1) > 0
+
+
+def test_slices_grow():
+    for kind in slices.SENDS:
+        sizes = [slices.devices_of(name) for name in slices.slices_of(kind)]
+        assert sizes == sorted(sizes)
+    assert slices.devices_of("TPU7x:2x2x1") == 8
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize(
+    ("mesh", "program", "sizes"),
+    [
+        ("expert=8", "decode", SIZES),
+        ("expert=2,context=2,tensor=2", "decode", SIZES),
+        ("expert=8", "decode", SIZES._replace(batch=8)),
+        ("context=8", "prefill", Sizes(1, 131072, 8192)),
+    ],
+)
+def test_the_compiler_confirms_bytes_sent(mesh, program, sizes):
+    """Short models with real kernels, compiled for eight v6e chips."""
+    cfg = presets.v4_flash().replace(**SHORT)
+    shape = MeshShape.parse(mesh)
+    exchange = "ragged" if sizes.batch == 8 else None
+    report = command.compile_one("short", cfg, "v6e:2x4", program, sizes, shape, exchange)
+    assert report.fits, report.reason
+    assert "sparse_attention" in report.moved and "grouped_swiglu" in report.moved
+    formula, sent = sum(report.formula.values()), sum(report.sent.values())
+    assert abs(formula - sent) <= 0.1 * sent, (report.formula, report.sent)
