@@ -7,6 +7,7 @@ from typing import Any
 from dsv4_jax.encoding.constants import TASK_TOKENS
 from dsv4_jax.serving.errors import invalid, unsupported
 from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.message_fields import check_messages
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
     read_choices,
@@ -101,19 +102,21 @@ def read_chat_request(body: object) -> ChatRequest:
     _refuse_unsupported(fields)
     if "messages" not in body:
         raise invalid("messages", "is required")
+    messages = fields.array("messages", ANY_COUNT) or []
+    check_messages(messages)
     thinking, budget = _thinking(fields)
     template = fields.mapping("chat_template_kwargs")
-    on = template.boolean("thinking")
+    on = [template.boolean(name) for name in ("thinking", "enable_thinking")]
     options = fields.mapping("stream_options")
     if options.boolean("continuous_usage_stats"):
         raise unsupported("stream_options.continuous_usage_stats", "is not supported")
     return ChatRequest(
-        messages=fields.array("messages", ANY_COUNT) or [],
+        messages=messages,
         model=fields.text("model"),
         thinking=thinking,
         thinking_budget=budget,
         effort=fields.text("reasoning_effort", EFFORTS),
-        template_thinking=on if on is not None else template.boolean("enable_thinking"),
+        template_thinking=on[0] if on[0] is not None else on[1],
         template_effort=template.text("reasoning_effort", EFFORTS),
         drop_thinking=template.boolean("drop_thinking"),
         continue_final_message=fields.boolean("continue_final_message") or False,
