@@ -52,6 +52,7 @@ def run(args: SimpleNamespace, folder: str) -> None:
         listener,
         lambda: load(args, folder, names[0], service, url),
         args.drain_timeout,
+        args.client_stall_timeout,
     )
 
 

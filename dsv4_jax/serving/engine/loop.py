@@ -32,7 +32,7 @@ from dsv4_jax.serving.engine.step import StepPlan
 from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, token_of
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
-from dsv4_jax.serving.model import TokenGuide, TokenStream
+from dsv4_jax.serving.model import Allowed, TokenGuide, TokenStream
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # steps under way: the device works on one while the host reads the other
@@ -154,6 +154,8 @@ class Engine:
         after: TokenStream | None = None,
         keep_output: bool = False,
         checkpoints: Sequence[int] = (),
+        allowed: Allowed | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Queues a request; see `TokenModel.stream`.
 
@@ -164,12 +166,14 @@ class Engine:
         if after is not None and not isinstance(after, RequestStream):
             raise ValueError("after must be a stream of this engine")
         self._check_ids(prompt_ids, sampling)
-        payload = Payload(sampling, guide, sampling.key_words())
+        allowed = self.runner.fitted(allowed)
+        payload = Payload(sampling, guide, sampling.key_words(), allowed=allowed)
         request = Request(
             id=request_id or f"r{next(self._ids)}",
             prompt=prompt_ids,
             max_tokens=sampling.max_tokens,
             tenant=tenant,
+            priority=priority,
             stop_ids=stop_ids,
             checkpoints=checkpoints,
             keep_output=keep_output,

@@ -65,6 +65,8 @@ _SHARED: dict[str, Schema] = {
     "user_id": TEXT,
     "metadata": OBJECT,
     "priority": integer(-(2**31), _INT32),
+    "min_tokens": integer(0, ANY_COUNT),
+    "ignore_eos": BOOLEAN,
 }
 _PART = asked({"type": one_of("text"), "text": TEXT}, ("type",))
 _CONTENT = either(TEXT, list_of(_PART))
