@@ -32,7 +32,7 @@ def use_cpu_if_alone(environ: Mapping[str, str] = os.environ, root: Path = Path(
         return False
     import jax
 
-    if jax.config.read("jax_platforms"):  # chosen already
+    if jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]  # chosen already
         return False
     jax.config.update("jax_platforms", "cpu")
     return True
