@@ -17,7 +17,7 @@ from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.engine.request import FinishReason
 from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
-from dsv4_jax.serving.events import Event, Finish, Progress
+from dsv4_jax.serving.events import Event, Finish, Progress, Reasoning
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.service import Service
 from dsv4_jax.serving.streams import Encoder, EventStream, unless_disconnected
@@ -66,6 +66,7 @@ class _Choice:
         self.turn: AnyTurn | None = None
         self.reason = "unstarted"
         self.first_token: float | None = None
+        self.is_empty = True  # no content, no calls
         self._make = make
         self._tells_progress = tells_progress
         self._service = service
@@ -77,6 +78,7 @@ class _Choice:
             for item in turn:
                 self.first_token = self.first_token or time.monotonic()
                 self.reason = item.reason if isinstance(item, Finish) else self.reason
+                self.is_empty &= isinstance(item, Finish | Reasoning)
                 if self._tells_progress and not isinstance(item, Finish):
                     counts = turn.completion_tokens, turn.reasoning_tokens
                     yield Progress(*counts, turn.cached_tokens or 0)
@@ -179,7 +181,8 @@ class Answering:
         firsts = [choice.first_token for choice in choices if choice.first_token is not None]
         tenant = sha256(facts.tenant.encode()).hexdigest()[:8]
         finish = ",".join(choice.reason for choice in choices)
-        self.service.counters.request([c.reason for c in choices], repairs, guards)
+        empty = sum(choice.is_empty and choice.reason == "stop" for choice in choices)
+        self.service.counters.request([c.reason for c in choices], repairs, guards, empty)
         _log.info(
             "id=%s path=%s tenant=%s mode=%s n=%d prompt=%d cached=%d completion=%d reasoning=%d "
             "first_s=%s seconds=%.3f finish=%s aborted_by=%s repairs=%s guards=%s",

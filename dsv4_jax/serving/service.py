@@ -96,7 +96,7 @@ class Service:
     def metrics(self) -> bytes:
         """Prometheus text: the server's, and the engine's once it is there."""
         engine = b"" if self._loaded is None else self._loaded.model.metrics.text()
-        return engine + self.counters.text()
+        return engine + self.counters.text(self.phase)
 
     def register(self, tenant: str, names: Iterable[str], running: "Cancellable") -> None:
         """Makes a running request known to its tenant by its names, until `unregister`."""

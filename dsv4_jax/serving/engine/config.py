@@ -65,9 +65,9 @@ class SchedulerConfig:
                 )
         if self.tail_shape is not None:
             rows, tokens = self.tail_shape
-            if rows < 1 or not 0 < tokens < UNIT or rows * tokens > self.step_tokens:
+            if rows < 1 or not 0 < tokens <= UNIT or rows * tokens > self.step_tokens:
                 raise ValueError(
-                    f"tail_shape={self.tail_shape} must hold rows of 1 to {UNIT - 1} tokens, and "
+                    f"tail_shape={self.tail_shape} must hold rows of 1 to {UNIT} tokens, and "
                     f"no more than step_tokens={self.step_tokens} in all"
                 )
         if self.decode_batches[-1] < self.num_slots:

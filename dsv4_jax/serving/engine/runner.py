@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -34,6 +35,13 @@ class Launched:
     sampled: Sampled
     scores: Logprobs | None = None
     failed: dict[int, Exception] = field(default_factory=dict)
+    mask_s: float | None = None  # to fill the masks of guides, if there are any
+    start_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def program(self) -> str:
+        """What computes the rows."""
+        return "prefill" if isinstance(self.rows[0], PrefillRow) else "decode"
 
     def land(self) -> Landed:
         """Waits for the results; log-probabilities of prompts go to their requests at once."""
@@ -188,18 +196,20 @@ class Runner:
         rows_B3 = np.zeros((plan.decode_batch, 3), np.int32)
         for i, row in enumerate(plan.decode):
             rows_B3[i] = row.position, 1, 1
-        batch, failed = self._batch(plan.decode, rows_B3)
+        start_s = time.monotonic()
+        batch, failed, mask_s = self._batch(plan.decode, rows_B3)
         self.state, sampled = self.programs.decode(self.programs.params, self.state, batch)
         sampled.tokens_B.copy_to_host_async()
-        return Launched(plan.decode, sampled, failed=failed)
+        return Launched(plan.decode, sampled, None, failed, mask_s, start_s)
 
     def _prefill(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.prefill_batch, 3), np.int32)
         for i, row in enumerate(plan.prefill):
             rows_B3[i] = row.start, len(row.tokens), row.samples
-        batch, failed = self._batch(plan.prefill, rows_B3)
+        start_s = time.monotonic()
+        batch, failed, mask_s = self._batch(plan.prefill, rows_B3)
         sampled, scores = self._launch_prefill(batch, plan.prefill, plan.prefill_batch, plan.chunk)
-        return Launched(plan.prefill, sampled, scores, failed)
+        return Launched(plan.prefill, sampled, scores, failed, mask_s, start_s)
 
     def _launch_prefill(
         self, batch: Batch, rows: Sequence[PrefillRow], size: int, chunk: int
@@ -224,10 +234,14 @@ class Runner:
 
     def _batch(
         self, rows: Sequence[Row], rows_B3: np.ndarray
-    ) -> tuple[Batch, dict[int, Exception]]:
+    ) -> tuple[Batch, dict[int, Exception], float | None]:
+        """The batch, rows whose guides failed, and the seconds that guides took."""
         fixed = self._fixed_of(rows, len(rows_B3))
+        start_s = time.monotonic()
         words, failed = self._masks(rows, fixed, len(rows_B3))
-        return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed
+        has_guides = any(row.request.guided for row in rows)
+        mask_s = time.monotonic() - start_s if has_guides else None
+        return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed, mask_s
 
     def _fixed_of(self, rows: Sequence[Row], size: int) -> _Fixed:
         """What stays on the device from step to step while the same requests run."""

@@ -287,7 +287,7 @@ class Scheduler:
         if len(self.queue):
             self._start_gap_s += 0.1 * (now - self._last_start - self._start_gap_s)
         self._last_start = now
-        self.metrics.started(request)
+        self.metrics.started(request, hit.matched)
 
     def _plan_prefill(self, draft: Draft, record: InFlight) -> None:
         """Fills what the decoding rows leave of the step with chunks of prompts."""

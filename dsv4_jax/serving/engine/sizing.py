@@ -13,7 +13,6 @@ from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.waiting import QueueLimits
 
 CHUNK = 256  # tokens of a prompt computed in one step
-TAIL = 64  # tokens at the end of a prompt that share a step with those of others
 CHECKPOINTS = 64
 CACHED_CONTEXTS = 2  # full-length contexts that the default page pool holds
 
@@ -23,8 +22,8 @@ def plan_sizes(
 ) -> tuple[SchedulerConfig, Sizes]:
     """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
 
-    One decode shape, one chunk shape, and one for short ends of prompts: which of them computes a
-    token follows from its own request, so what a request computes does not depend on the load.
+    One decode shape, one chunk shape, and one for ends of prompts: which of them computes a token
+    follows from its own request, so what a request computes does not depend on the load.
 
     Raises:
         ValueError: the cache cannot hold one request of `max_len`, or slots is not positive.
@@ -47,7 +46,7 @@ def plan_sizes(
         max_len=max_len,
         decode_batches=(slots,),
         chunk_sizes=(CHUNK,),
-        tail_shape=(min(CHUNK // TAIL, slots), TAIL),
+        tail_shape=(min(CHUNK // UNIT, slots), UNIT),
         step_tokens=CHUNK + slots,
         queue=QueueLimits(),
     )
