@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from dsv4_jax.serving.accelerator import use_cpu_if_alone
 from dsv4_jax.serving.options import OPTIONS
 from dsv4_jax.serving.settings import UsageError, resolve
 
@@ -51,6 +52,7 @@ def run(args: SimpleNamespace, folder: str) -> None:
         listener,
         lambda: load(args, folder, names[0], service, url),
         args.drain_timeout,
+        args.client_stall_timeout,
     )
 
 
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
+    use_cpu_if_alone()
     try:
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
     except (ValueError, OSError, NotImplementedError) as error:

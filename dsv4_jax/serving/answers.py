@@ -17,14 +17,14 @@ from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.engine.request import FinishReason
 from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
-from dsv4_jax.serving.events import Event, Finish
+from dsv4_jax.serving.events import Event, Finish, Progress, Reasoning
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.service import Service
 from dsv4_jax.serving.streams import Encoder, EventStream, unless_disconnected
 
 _log = logging.getLogger(__name__)
 _TRY_LATER = {FinishReason.QUEUE_TIMEOUT: "queue_timeout", FinishReason.SHUTDOWN: "draining"}
-Item = Event | Finish
+Item = Event | Finish | Progress
 Answers = Sequence[tuple[Sequence[Event], Finish]]
 
 
@@ -39,7 +39,7 @@ class AnyTurn(Protocol):
     @property
     def repairs(self) -> Counter[str]: ...
 
-    def __iter__(self) -> Iterator[Item]: ...
+    def __iter__(self) -> Iterator[Event | Finish]: ...
 
     def close(self) -> None: ...
 
@@ -62,11 +62,13 @@ class Facts:
 class _Choice:
     """One answer as work for a model thread."""
 
-    def __init__(self, make: MakeTurn, service: Service) -> None:
+    def __init__(self, make: MakeTurn, service: Service, tells_progress: bool = False) -> None:
         self.turn: AnyTurn | None = None
         self.reason = "unstarted"
         self.first_token: float | None = None
+        self.is_empty = True  # no content, no calls
         self._make = make
+        self._tells_progress = tells_progress
         self._service = service
 
     def __call__(self, is_cancelled: Callable[[], bool]) -> Iterator[Item]:
@@ -76,6 +78,10 @@ class _Choice:
             for item in turn:
                 self.first_token = self.first_token or time.monotonic()
                 self.reason = item.reason if isinstance(item, Finish) else self.reason
+                self.is_empty &= isinstance(item, Finish | Reasoning)
+                if self._tells_progress and not isinstance(item, Finish):
+                    counts = turn.completion_tokens, turn.reasoning_tokens
+                    yield Progress(*counts, turn.cached_tokens or 0)
                 yield item
         except Cancelled:
             self.reason = "cancelled"
@@ -114,9 +120,10 @@ class Answering:
     makers: Sequence[MakeTurn]
     reply: Reply
     headers: dict[str, str] = field(default_factory=dict)
+    tells_progress: bool = False  # in the chunks of a stream
 
     def __post_init__(self) -> None:
-        self._choices = [_Choice(make, self.service) for make in self.makers]
+        self._choices = [_Choice(make, self.service, self.tells_progress) for make in self.makers]
 
     async def respond(self, is_stream: bool) -> Response | ASGIApp:
         """Returns the reply; as a stream, one that is still to be sent.
@@ -154,7 +161,7 @@ class Answering:
             for index, item in items:
                 if isinstance(item, Finish):
                     finishes[index] = item
-                else:
+                elif not isinstance(item, Progress):
                     events[index].append(item)
         ends = [finish for finish in finishes if finish is not None]
         answers = list(zip(events, ends, strict=True))
@@ -174,7 +181,8 @@ class Answering:
         firsts = [choice.first_token for choice in choices if choice.first_token is not None]
         tenant = sha256(facts.tenant.encode()).hexdigest()[:8]
         finish = ",".join(choice.reason for choice in choices)
-        self.service.counters.request([c.reason for c in choices], repairs, guards)
+        empty = sum(choice.is_empty and choice.reason == "stop" for choice in choices)
+        self.service.counters.request([c.reason for c in choices], repairs, guards, empty)
         _log.info(
             "id=%s path=%s tenant=%s mode=%s n=%d prompt=%d cached=%d completion=%d reasoning=%d "
             "first_s=%s seconds=%.3f finish=%s aborted_by=%s repairs=%s guards=%s",

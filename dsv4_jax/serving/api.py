@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,7 +23,7 @@ from dsv4_jax.serving.anthropic.errors import error_body, is_anthropic, status_o
 from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
 from dsv4_jax.serving.completions import completions
-from dsv4_jax.serving.counters import Counters
+from dsv4_jax.serving.counters import BUILD, Counters
 from dsv4_jax.serving.errors import ApiError, internal
 from dsv4_jax.serving.openapi import document
 from dsv4_jax.serving.service import Service
@@ -122,18 +122,11 @@ def _ready(service: Service) -> Response:
 
 
 def _version(_: Service) -> Response:
-    return JSONResponse({"version": _own_version()})
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("dsv4_jax")
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return JSONResponse({"version": BUILD["dsv4_jax"]})
 
 
 def _openapi(service: Service) -> Response:
-    return JSONResponse(document(_own_version(), bool(service.settings.api_keys)))
+    return JSONResponse(document(BUILD["dsv4_jax"], bool(service.settings.api_keys)))
 
 
 async def _models(service: Service, _: Request) -> Response:
@@ -159,7 +152,7 @@ async def _server_info(service: Service, _: Request) -> Response:
     planner = loaded.planner
     return JSONResponse(
         {
-            "version": _own_version(),
+            "version": BUILD["dsv4_jax"],
             "models": list(settings.names),
             "max_model_len": planner.max_len,
             "prompt_profile": planner.profile,

@@ -34,6 +34,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         len(plan.prompt_ids),
         ask.include_usage,
         None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
+        ask.continuous_usage,
     )
     answering = Answering(
         service,
@@ -42,6 +43,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
         reply,
         headers_of(service, plan.warning),
+        ask.stream and ask.continuous_usage,
     )
     return await answering.respond(ask.stream)
 

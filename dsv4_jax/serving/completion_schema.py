@@ -8,9 +8,12 @@ from dsv4_jax.serving.fields import Fields
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
     read_choices,
+    read_end,
+    read_priority,
     read_sampling,
     read_stop,
     read_stop_ids,
+    read_stream_options,
     read_top_logprobs,
     read_user,
 )
@@ -38,8 +41,12 @@ class CompletionRequest:
     stop_ids: frozenset[int] = frozenset()
     keep_stop: bool = False
     user: str = ""
+    priority: int = 0
+    min_tokens: int = 0
+    ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
 
 
 def read_completion_request(body: object) -> CompletionRequest:
@@ -51,10 +58,11 @@ def read_completion_request(body: object) -> CompletionRequest:
     if not isinstance(body, dict):
         raise invalid(None, "The request body must be a JSON object.", "invalid_json")
     fields = Fields(body)
-    for name in ("response_format", "tools", "ignore_eos", "min_tokens"):
+    for name in ("response_format", "tools"):
         if body.get(name):
             raise unsupported(name, "is not supported by this endpoint; leave it out")
-    tokens = fields.integer("max_tokens", 0, ANY_COUNT)
+    asked = fields.integer("max_tokens", 0, ANY_COUNT)
+    max_tokens = DEFAULT_TOKENS if asked is None else asked
     return CompletionRequest(
         prompts=_prompts(fields),
         model=fields.text("model"),
@@ -63,14 +71,16 @@ def read_completion_request(body: object) -> CompletionRequest:
         echo=fields.boolean("echo") or False,
         logprobs=read_top_logprobs(fields, "logprobs"),
         n=read_choices(fields),
-        max_tokens=DEFAULT_TOKENS if tokens is None else tokens,
+        max_tokens=max_tokens,
         sampling=read_sampling(fields),
         stop=read_stop(fields),
         stop_ids=read_stop_ids(fields),
         keep_stop=fields.boolean("include_stop_str_in_output") or False,
         user=read_user(fields),
+        priority=read_priority(fields),
         stream=fields.boolean("stream") or False,
-        include_usage=fields.mapping("stream_options").boolean("include_usage") or False,
+        **read_end(fields, max_tokens),
+        **read_stream_options(fields),
     )
 
 

@@ -16,11 +16,11 @@ from dsv4_jax.serving.answers import Answering, Answers, Facts, MakeTurn
 from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.completion_schema import read_completion_request
 from dsv4_jax.serving.errors import ApiError
-from dsv4_jax.serving.events import Content, Event, Finish, merge, random_id
+from dsv4_jax.serving.events import Content, Event, Finish, Progress, merge, random_id
 from dsv4_jax.serving.leader import Leader
 from dsv4_jax.serving.logprobs import TokenBytes, legacy_logprobs
 from dsv4_jax.serving.raw import RawPlan, RawTurn, raw_plan
-from dsv4_jax.serving.reply import DONE, KEEP_ALIVE, server_sent, usage_of
+from dsv4_jax.serving.reply import DONE, KEEP_ALIVE, server_sent, taken, usage_of
 from dsv4_jax.serving.service import Loaded, Service
 
 
@@ -41,7 +41,8 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
         ]
     tokens = sum(len(plan.prompt_ids) for plan in plans)
     token_bytes = None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes
-    reply = CompletionReply(name, loaded.fingerprint, tokens, ask.include_usage, token_bytes)
+    shown = ask.include_usage, token_bytes, ask.continuous_usage
+    reply = CompletionReply(name, loaded.fingerprint, tokens, *shown)
     request_id = request.scope["dsv4.request_id"]
     unique = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
     facts = Facts(request_id, request.url.path, plans[0].tenant, tokens, "raw")
@@ -50,7 +51,9 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
         for index, plan in enumerate(plans)
         for maker in _makers(loaded, plan, ask.n, f"{unique}/{index}")
     ]
-    return await Answering(service, request, facts, makers, reply).respond(ask.stream)
+    tells = ask.stream and ask.continuous_usage
+    answering = Answering(service, request, facts, makers, reply, tells_progress=tells)
+    return await answering.respond(ask.stream)
 
 
 def _makers(loaded: Loaded, plan: RawPlan, n: int, request_id: str) -> list[MakeTurn]:
@@ -79,6 +82,7 @@ class CompletionReply:
     prompt_tokens: int
     include_usage: bool = False
     token_bytes: TokenBytes | None = None
+    continuous_usage: bool = False
     id: str = field(default_factory=lambda: random_id("cmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -129,9 +133,11 @@ class CompletionEncoder:
         self._reply = reply
         self._lengths = [0] * count
         self._finishes: list[Finish | None] = [None] * count
+        self._progress: list[Finish | Progress] = [Progress(0, 0)] * count
 
-    def encode(self, items: Sequence[tuple[int, Event | Finish]]) -> bytes:
+    def encode(self, items: Sequence[tuple[int, Event | Finish | Progress]]) -> bytes:
         chunks: list[dict[str, Any]] = []
+        items = taken(items, self._progress)
         for index in sorted({index for index, _ in items}):
             own = [item for number, item in items if number == index]
             for event in merge([item for item in own if isinstance(item, Content)]):
@@ -143,6 +149,9 @@ class CompletionEncoder:
                 self._finishes[index] = end
                 last = self._reply.choice(index, Content(""), end.reason, self._lengths[index])
                 chunks.append(self._reply.chunk([last]))
+        if self._reply.continuous_usage:
+            usage = usage_of(self._reply.prompt_tokens, self._progress)
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
         ends = [finish for finish in self._finishes if finish is not None]
         if len(ends) == len(self._finishes) and self._reply.include_usage:
             usage = usage_of(self._reply.prompt_tokens, ends)

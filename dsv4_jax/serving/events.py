@@ -68,6 +68,15 @@ class Finish:
     stop: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How many tokens an answer has so far, for readers who want to know; as in `Finish`."""
+
+    completion_tokens: int
+    reasoning_tokens: int
+    cached_tokens: int = 0
+
+
 def merge(events: list[Event]) -> list[Event]:
     """Joins neighbouring pieces of the same text, so a slow reader gets fewer, larger ones."""
     merged: list[Event] = []

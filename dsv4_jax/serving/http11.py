@@ -1,7 +1,9 @@
 """HTTP/1.1 parsing as uvicorn does it, with our error shape and a time limit for headers."""
 
 import json
+import logging
 from asyncio import TimerHandle, Transport
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -9,12 +11,42 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dsv4_jax.serving.errors import ApiError
 
 HEADER_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 120.0
+log = logging.getLogger(__name__)
 
 
 class Http11(H11Protocol):
-    """Closes connections whose request headers do not arrive in time."""
+    """Drops connections whose request headers do not arrive in time, or whose reader stalls.
+
+    Args:
+        stall_timeout_s: How long a reader may take nothing while a full buffer waits for it.
+    """
 
     _header_timer: TimerHandle | None = None
+    _stall_timer: TimerHandle | None = None
+
+    def __init__(self, *args: Any, stall_timeout_s: float = STALL_TIMEOUT_S, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self._stall_timeout_s = stall_timeout_s
+
+    def pause_writing(self) -> None:
+        """Called when the buffer is full; what wants to write waits from here on."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self._stall_timeout_s, self._drop)
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
+
+    def _drop(self) -> None:
+        """Forgets what is buffered: to close in order would wait for the reader again."""
+        log.info("dropped a client that did not read for %g s", self._stall_timeout_s)
+        self.transport.abort()
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -22,6 +54,7 @@ class Http11(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from dsv4_jax.serving.api import create_app
-from dsv4_jax.serving.http11 import Http11
+from dsv4_jax.serving.http11 import STALL_TIMEOUT_S, Http11
 from dsv4_jax.serving.service import Service
 
 GRACE_S = 5  # for connections to end once nothing is being answered any more
@@ -125,11 +126,13 @@ def serve(
     listener: socket.socket,
     load: Callable[[], None],
     drain_timeout_s: float = DRAIN_TIMEOUT_S,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> None:
     """Answers on `listener` until a signal; `load` runs on a thread and makes `service` ready.
 
     After SIGTERM new requests get 503, and running ones have `drain_timeout_s` to finish; a second
-    signal, or Ctrl-C, ends them at once.
+    signal, or Ctrl-C, ends them at once. A client that reads nothing for `stall_timeout_s` while
+    there is something to read is dropped.
 
     Raises:
         Exception: what `load` raised; the server is stopped then.
@@ -137,7 +140,7 @@ def serve(
     """
     config = uvicorn.Config(
         create_app(service),
-        http=Http11,
+        http=partial(Http11, stall_timeout_s=stall_timeout_s),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,

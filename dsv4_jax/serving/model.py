@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,19 @@ class Token(NamedTuple):
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Allowed:
+    """Tokens that may be drawn whatever was drawn before; words as in `TokenGuide.fill`.
+
+    words_W: for every token; ids behind the last word may not be drawn. early_W: instead of it
+    for the first `early` tokens of a stream.
+    """
+
+    words_W: np.ndarray
+    early_W: np.ndarray | None = None
+    early: int = 0
 
 
 class TokenGuide(Protocol):
@@ -87,6 +101,8 @@ class TokenModel(Protocol):
         after: TokenStream | None = None,
         keep_output: bool = False,
         checkpoints: Sequence[int] = (),
+        allowed: Allowed | None = None,
+        priority: int = 0,
     ) -> TokenStream:
         """Continues a prompt.
 
@@ -100,5 +116,7 @@ class TokenModel(Protocol):
             after: A stream of the same prompt, whose work on it this one waits for and shares.
             keep_output: A later prompt is likely to contain this one and its output as they are.
             checkpoints: Positions of the prompt at which later ones are likely to leave it.
+            allowed: Restricts what may be drawn, beside `guide`.
+            priority: Within the tenant, larger ones go first.
         """
         ...

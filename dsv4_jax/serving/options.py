@@ -77,6 +77,14 @@ OPTIONS = (
     Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),
     Option("port", "HTTP", "0 takes any free one", 8000, integer(0, 65535), "P"),
     Option(
+        "client-stall-timeout",
+        "HTTP",
+        "seconds after which a client that does not read its answer is dropped",
+        120.0,
+        number(1),
+        "S",
+    ),
+    Option(
         "api-key",
         "HTTP",
         "clients need one of these; repeatable",
@@ -102,6 +110,13 @@ OPTIONS = (
         "high",
         one_of(*EFFORTS),
         "E",
+    ),
+    Option(
+        "free-controls",
+        "prompt",
+        "let chats draw control tokens that have no place in an answer; hides less",
+        False,
+        switch,
     ),
     Option("loop-guard", "prompt", "close reasoning that goes in circles", False, switch),
     Option(

@@ -23,6 +23,8 @@ from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.constraints import Constrainer, Constraints
 from dsv4_jax.serving.errors import ApiError, context_too_long, invalid
 from dsv4_jax.serving.grammar import GrammarCompiler
+from dsv4_jax.serving.masks import Masks
+from dsv4_jax.serving.model import Allowed
 from dsv4_jax.serving.parser import CompletionParser, ControlIds
 from dsv4_jax.serving.replay import Find, ReplayStore, spliced
 from dsv4_jax.serving.schema import ChatRequest
@@ -45,11 +47,12 @@ class PromptPlan:
     """Everything an answer depends on.
 
     `effort` is the encoder's name for it; `stop` applies to content, and to reasoning if
-    `stop_in_reasoning`; `thinking_budget` is the number of reasoning tokens after which reasoning
-    is closed, as it is with `loop_guard` once the model repeats itself; `checkpoints` are positions
-    of the prompt behind which other prompts may differ; `tenant` is who shares
-    cached prompts; `restored` earlier answers stand in the prompt as the model said them; `warning`
-    is for the client.
+    `stop_in_reasoning`, both behind `min_tokens`; `thinking_budget` is the number of reasoning
+    tokens after which reasoning is closed, as it is with `loop_guard` once the model repeats
+    itself; `checkpoints` are positions of the prompt behind which other prompts may differ;
+    `tenant` is who shares cached prompts, larger `priority` which of theirs start first; `allowed`
+    are the tokens an answer may consist of; `restored` earlier answers stand in the prompt as the
+    model said them; `warning` is for the client.
     """
 
     prompt_ids: tuple[int, ...]
@@ -69,6 +72,9 @@ class PromptPlan:
     loop_guard: bool
     checkpoints: tuple[int, ...]
     tenant: str
+    priority: int
+    min_tokens: int
+    allowed: Allowed | None
     restored: int
     warning: str | None
 
@@ -94,6 +100,7 @@ class Planner:
         max_len: int,
         default_effort: str = "high",
         loop_guard: bool = False,
+        frees_controls: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.profile: Profile = profile
@@ -112,6 +119,7 @@ class Planner:
             eos=tokenizer.eos_id,
             all=tokenizer.control_ids,
         )
+        self.masks = Masks(self.controls, tokenizer.vocab_size, frees_controls)
 
     def plan(
         self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
@@ -137,6 +145,7 @@ class Planner:
         if request.task is not None:  # its answer is a few plain words
             self._check_task(request)
             tools = []
+        constraints = self._constraints(request, messages, tools)
         asked = request.max_tokens or (TASK_TOKENS if request.task is not None else None)
         return PromptPlan(
             prompt_ids=prompt_ids,
@@ -151,11 +160,14 @@ class Planner:
             stop_ids=request.stop_ids,
             stop_in_reasoning=request.stop_in_reasoning,
             keep_stop=request.keep_stop,
-            constraints=self._constraints(request, messages, tools),
+            constraints=constraints,
             thinking_budget=request.thinking_budget,
             loop_guard=self.loop_guard,
             checkpoints=self._checkpoints(prompt_ids),
             tenant=tenant,
+            priority=-request.priority,
+            min_tokens=request.min_tokens,
+            allowed=self._allowed(request, bool(tools), constraints),
             restored=restored,
             warning=self._warning(effort),
         )
@@ -254,6 +266,16 @@ class Planner:
             param = "response_format" if request.reply_format else "tool_choice"
             raise invalid(param, "cannot be combined with a message that is continued")
         return constraints
+
+    def _allowed(
+        self, request: ChatRequest, has_tools: bool, constraints: Constraints
+    ) -> Allowed | None:
+        asked = {"ignore_eos": request.ignore_eos, "min_tokens": request.min_tokens}
+        if constraints.content is not None or constraints.calls is not None:
+            for name in (name for name, value in asked.items() if value):
+                raise invalid(name, "cannot be combined with tools or a response_format")
+        base = self.masks.chat(has_tools)
+        return self.masks.allowed(base, **asked, stop_ids=request.stop_ids)
 
     def parser(self, plan: PromptPlan) -> CompletionParser:
         return CompletionParser(

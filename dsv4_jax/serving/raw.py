@@ -11,7 +11,7 @@ from dsv4_jax.serving.completion_schema import CompletionRequest, Prompt
 from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.events import Content, Event, Finish
 from dsv4_jax.serving.leader import Cancelled, Leader, started
-from dsv4_jax.serving.model import Token, TokenModel, TokenStream
+from dsv4_jax.serving.model import Allowed, Token, TokenModel, TokenStream
 from dsv4_jax.serving.plan import Planner, seed_of
 from dsv4_jax.serving.stop import StopMatcher
 
@@ -21,7 +21,8 @@ class RawPlan:
     """Everything one completion depends on.
 
     `echoed` is the prompt's text if it is part of the answer; `unseen` tokens at its start are
-    not. Without `sampling` nothing is asked of the model.
+    not. `priority`, `min_tokens` and `allowed` are as in `PromptPlan`. Without `sampling` nothing
+    is asked of the model.
     """
 
     prompt_ids: tuple[int, ...]
@@ -30,6 +31,9 @@ class RawPlan:
     stop_ids: frozenset[int]
     keep_stop: bool
     tenant: str
+    priority: int
+    min_tokens: int
+    allowed: Allowed | None
     echoed: str | None
     unseen: int
 
@@ -71,6 +75,9 @@ def raw_plan(planner: Planner, ask: CompletionRequest, prompt: Prompt, tenant: s
         ask.stop_ids,
         ask.keep_stop,
         f"{tenant}:{ask.user}",
+        -ask.priority,
+        ask.min_tokens,
+        planner.masks.allowed(None, ask.ignore_eos, ask.min_tokens, ask.stop_ids),
         text if ask.echo else None,
         int(add_bos),
     )
@@ -166,6 +173,8 @@ class RawTurn:
                 tenant=plan.tenant,
                 request_id=self._request_id,
                 after=follows.wait(self._is_cancelled) if follows else None,
+                allowed=plan.allowed,
+                priority=plan.priority,
             ),
         )
 
@@ -195,7 +204,9 @@ class RawTurn:
     def _text(self, token: Token) -> Iterator[Event]:
         if token.logprob is not None and token.id not in self._controls:
             self._pending.append(token)
-        yield from self._passed(self._stop.push(self._decoder.push(token.id)))
+        text = self._decoder.push(token.id)
+        is_early = self.completion_tokens <= self.plan.min_tokens
+        yield from self._passed(text if is_early else self._stop.push(text))
 
     def _passed(self, text: str) -> Iterator[Event]:
         if text:

@@ -11,6 +11,7 @@ from dsv4_jax.serving.events import (
     Content,
     Event,
     Finish,
+    Progress,
     Reasoning,
     ToolArguments,
     ToolStart,
@@ -43,6 +44,7 @@ class Reply:
     prompt_tokens: int
     include_usage: bool = False
     token_bytes: TokenBytes | None = None
+    continuous_usage: bool = False
     id: str = field(default_factory=lambda: random_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -77,7 +79,7 @@ class Reply:
         head = self._head("chat.completion.chunk")
         return {**head, "choices": [], "usage": self.usage(finishes)}
 
-    def usage(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+    def usage(self, finishes: Sequence[Finish | Progress]) -> dict[str, Any]:
         """Returns token counts of all answers; the prompt counts once."""
         return usage_of(self.prompt_tokens, finishes)
 
@@ -114,7 +116,7 @@ class Reply:
         return {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
 
 
-def usage_of(prompt_tokens: int, finishes: Sequence[Finish]) -> dict[str, Any]:
+def usage_of(prompt_tokens: int, finishes: Sequence[Finish | Progress]) -> dict[str, Any]:
     """Returns token counts as chat and plain completions report them."""
     completion = sum(finish.completion_tokens for finish in finishes)
     reasoning = sum(finish.reasoning_tokens for finish in finishes)
@@ -172,6 +174,19 @@ def message_of(events: Iterable[Event]) -> dict[str, Any]:
     return message
 
 
+def taken(
+    items: Sequence[tuple[int, Event | Finish | Progress]], progress: list[Finish | Progress]
+) -> list[tuple[int, Event | Finish]]:
+    """Notes in `progress` how far each answer is; returns the items that have more to say."""
+    kept: list[tuple[int, Event | Finish]] = []
+    for index, item in items:
+        if isinstance(item, Finish | Progress):
+            progress[index] = item
+        if not isinstance(item, Progress):
+            kept.append((index, item))
+    return kept
+
+
 class ChunkEncoder:
     """Numbered items of several answers as chunks, each answer's beginning with its role."""
 
@@ -182,9 +197,11 @@ class ChunkEncoder:
         self._reply = reply
         self._begun: set[int] = set()
         self._finishes: list[Finish | None] = [None] * count
+        self._progress: list[Finish | Progress] = [Progress(0, 0)] * count
 
-    def encode(self, items: Sequence[tuple[int, Event | Finish]]) -> bytes:
+    def encode(self, items: Sequence[tuple[int, Event | Finish | Progress]]) -> bytes:
         chunks: list[dict[str, Any]] = []
+        items = taken(items, self._progress)
         for index in sorted({index for index, _ in items}):
             if index not in self._begun:
                 self._begun.add(index)
@@ -195,6 +212,9 @@ class ChunkEncoder:
             if isinstance(end := own[-1], Finish):
                 self._finishes[index] = end
                 chunks.append(self._reply.last_chunk(index, end))
+        if self._reply.continuous_usage:
+            usage = self._reply.usage(self._progress)
+            chunks = [{**chunk, "usage": usage} for chunk in chunks]
         ends = [finish for finish in self._finishes if finish is not None]
         if len(ends) == len(self._finishes) and self._reply.include_usage:
             chunks.append(self._reply.usage_chunk(ends))

@@ -71,6 +71,33 @@ def read_stop_ids(fields: Fields) -> frozenset[int]:
     return frozenset(ids)
 
 
+def read_end(fields: Fields, limit: int | None) -> dict[str, Any]:
+    """Returns `min_tokens` and `ignore_eos`, by these names.
+
+    Args:
+        limit: Tokens the answer may have, None for as many as fit.
+    """
+    least = fields.integer("min_tokens", 0, ANY_COUNT) or 0
+    if limit is not None and least > limit:
+        raise invalid("min_tokens", f"{least} must not exceed the limit of {limit} tokens")
+    return {"min_tokens": least, "ignore_eos": fields.boolean("ignore_eos") or False}
+
+
+def read_priority(fields: Fields) -> int:
+    """Returns whose turn is earlier, lower ones first."""
+    return fields.integer("priority", -(2**31), _INT32) or 0
+
+
+def read_stream_options(fields: Fields) -> dict[str, bool]:
+    """Returns which chunks tell token counts: the one at the end, and all of them."""
+    options = fields.mapping("stream_options")
+    at_end = options.boolean("include_usage") or False
+    always = options.boolean("continuous_usage_stats") or False
+    if always and not at_end:
+        raise invalid("stream_options.continuous_usage_stats", "needs include_usage: true")
+    return {"include_usage": at_end, "continuous_usage": always}
+
+
 def read_user(fields: Fields) -> str:
     """Returns who asks, as the client says it; checks the other fields that only describe."""
     given = [fields.text(name) for name in ("user_id", "user")]
@@ -78,7 +105,6 @@ def read_user(fields: Fields) -> str:
         if value is not None and len(value.encode("utf-8", "replace")) > MAX_USER_BYTES:
             raise invalid(name, f"must not exceed {MAX_USER_BYTES} bytes")
     fields.mapping("metadata")
-    fields.integer("priority", -(2**31), _INT32)
     return given[0] or given[1] or ""
 
 

@@ -7,13 +7,17 @@ from typing import Any
 from dsv4_jax.encoding.constants import TASK_TOKENS
 from dsv4_jax.serving.errors import invalid, unsupported
 from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.message_fields import check_messages
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
     read_choices,
+    read_end,
     read_max_tokens,
+    read_priority,
     read_sampling,
     read_stop,
     read_stop_ids,
+    read_stream_options,
     read_top_logprobs,
     read_user,
 )
@@ -32,8 +36,6 @@ _log = logging.getLogger(__name__)
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "ignore_eos": (False,),
-    "min_tokens": (0,),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -46,7 +48,7 @@ _KNOWN = {
     *("logprobs", "top_logprobs", "stop_token_ids", "stop_in_reasoning", "stream", "store"),
     *("include_stop_str_in_output", "stream_options", "tools", "tool_choice", "response_format"),
     *("parallel_tool_calls", "user", "user_id", "metadata", "priority", "continue_final_message"),
-    *("task", "extracted_urls"),
+    *("task", "extracted_urls", "ignore_eos", "min_tokens"),
     *_NOT_YET,
 }
 
@@ -58,7 +60,9 @@ class ChatRequest:
     `thinking` is the field of that name; `template_thinking` and `template_effort` come from
     `chat_template_kwargs`. `sampling` are arguments of `SamplingParams`; `logprobs` is how many
     best tokens to report beside each one; `tools` are as received; `user` is who asks; `task` is a
-    quick instruction, `extracted_url` what the task read_url is about.
+    quick instruction, `extracted_url` what the task read_url is about. Of one user, requests of
+    lower `priority` start first; an answer does not end before `min_tokens`, and with `ignore_eos`
+    not by itself.
     """
 
     messages: list[Any]
@@ -85,8 +89,12 @@ class ChatRequest:
     task: str | None = None
     extracted_url: str | None = None
     user: str = ""
+    priority: int = 0
+    min_tokens: int = 0
+    ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
 
 
 def read_chat_request(body: object) -> ChatRequest:
@@ -101,23 +109,23 @@ def read_chat_request(body: object) -> ChatRequest:
     _refuse_unsupported(fields)
     if "messages" not in body:
         raise invalid("messages", "is required")
+    messages = fields.array("messages", ANY_COUNT) or []
+    check_messages(messages)
     thinking, budget = _thinking(fields)
     template = fields.mapping("chat_template_kwargs")
-    on = template.boolean("thinking")
-    options = fields.mapping("stream_options")
-    if options.boolean("continuous_usage_stats"):
-        raise unsupported("stream_options.continuous_usage_stats", "is not supported")
+    on = [template.boolean(name) for name in ("thinking", "enable_thinking")]
+    limit = read_max_tokens(fields)
     return ChatRequest(
-        messages=fields.array("messages", ANY_COUNT) or [],
+        messages=messages,
         model=fields.text("model"),
         thinking=thinking,
         thinking_budget=budget,
         effort=fields.text("reasoning_effort", EFFORTS),
-        template_thinking=on if on is not None else template.boolean("enable_thinking"),
+        template_thinking=on[0] if on[0] is not None else on[1],
         template_effort=template.text("reasoning_effort", EFFORTS),
         drop_thinking=template.boolean("drop_thinking"),
         continue_final_message=fields.boolean("continue_final_message") or False,
-        max_tokens=read_max_tokens(fields),
+        max_tokens=limit,
         sampling=read_sampling(fields),
         n=read_choices(fields),
         logprobs=_logprobs(fields),
@@ -132,8 +140,10 @@ def read_chat_request(body: object) -> ChatRequest:
         task=fields.text("task", tuple(TASK_TOKENS)),
         extracted_url=_extracted_url(fields),
         user=read_user(fields),
+        priority=read_priority(fields),
         stream=fields.boolean("stream") or False,
-        include_usage=options.boolean("include_usage") or False,
+        **read_end(fields, limit),
+        **read_stream_options(fields),
     )
 
 

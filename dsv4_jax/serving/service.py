@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from dsv4_jax.serving.counters import Counters
 from dsv4_jax.serving.errors import ApiError, not_ready
-from dsv4_jax.serving.events import Event, Finish
+from dsv4_jax.serving.events import Event, Finish, Progress
 from dsv4_jax.serving.model import TokenModel
 from dsv4_jax.serving.plan import MODE_OF_NAME, Planner
 from dsv4_jax.serving.replay import ReplayStore
@@ -68,7 +68,7 @@ class Service:
         self.phase = "loading"
         self.percent = 0
         self.started = int(time.time())
-        self.thread: ModelThread[Event | Finish] = ModelThread(
+        self.thread: ModelThread[Event | Finish | Progress] = ModelThread(
             settings.max_waiting, workers=settings.parallel
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
@@ -96,7 +96,7 @@ class Service:
     def metrics(self) -> bytes:
         """Prometheus text: the server's, and the engine's once it is there."""
         engine = b"" if self._loaded is None else self._loaded.model.metrics.text()
-        return engine + self.counters.text()
+        return engine + self.counters.text(self.phase)
 
     def register(self, tenant: str, names: Iterable[str], running: "Cancellable") -> None:
         """Makes a running request known to its tenant by its names, until `unregister`."""

@@ -113,7 +113,12 @@ def start(
     engine.start()
     atexit.register(engine.stop)
     planner = Planner(
-        plan.tokenizer, plan.profile, plan.max_len, args.default_effort, args.loop_guard
+        plan.tokenizer,
+        plan.profile,
+        plan.max_len,
+        args.default_effort,
+        args.loop_guard,
+        args.free_controls,
     )
     service.ready(planner, engine, name)
     say(f"ready after {time.monotonic() - begin:.0f} s\n")

@@ -89,8 +89,7 @@ def _text_ids(tokenizer: Tokenizer, fields: Fields) -> list[int]:
     text = fields.text("prompt")
     if text is None:
         raise invalid("prompt", "is required, or messages")
-    names = ("add_special_tokens", "add_bos")
-    add_bos = any(fields.boolean(name) for name in names)
+    add_bos = any([fields.boolean(name) for name in ("add_special_tokens", "add_bos")])
     try:
         return tokenizer.encode_segments(render_raw(text, add_bos))
     except TokenizerError as error:

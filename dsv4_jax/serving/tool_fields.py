@@ -34,7 +34,7 @@ def read_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
     tools = fields.array("tools", MAX_TOOLS) or []
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
-        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        if not isinstance(tool, dict) or tool.get("type") not in (None, "function"):
             raise invalid(where, 'must be an object with "type": "function"')
         function = Fields(tool, where).mapping("function")
         name = function.text("name")
@@ -74,6 +74,11 @@ def read_reply_format(fields: Fields) -> ReplyFormat | None:
     if fields.values.get("response_format") is None:
         return None
     kind = asked.text("type", FORMATS)
+    texts = {name: asked.text(name) for name in ("regex", "grammar")}
+    schema = _schema(asked)
+    for name, text in texts.items():
+        if text is not None and len(text) > MAX_GRAMMAR_CHARS:
+            raise invalid(asked.where(name), f"must not exceed {MAX_GRAMMAR_CHARS} characters")
     match kind:
         case None:
             raise invalid("response_format.type", f"is required: {', '.join(FORMATS)}")
@@ -82,18 +87,18 @@ def read_reply_format(fields: Fields) -> ReplyFormat | None:
         case "json_object":
             return ReplyFormat(kind, {"type": "object"})
         case "json_schema":
-            return ReplyFormat(kind, _schema(asked))
-    text = asked.text(kind)
-    if not text or len(text) > MAX_GRAMMAR_CHARS:
-        raise invalid(f"response_format.{kind}", f"must be 1 to {MAX_GRAMMAR_CHARS} characters")
-    return ReplyFormat(kind, text)
+            if schema is None:
+                problem = "is required"
+                raise invalid("response_format.json_schema.schema", problem, "invalid_schema")
+            return ReplyFormat(kind, schema)
+    if not texts[kind]:
+        raise invalid(asked.where(kind), "must not be empty")
+    return ReplyFormat(kind, texts[kind])
 
 
-def _schema(asked: Fields) -> dict[str, Any]:
+def _schema(asked: Fields) -> dict[str, Any] | None:
     holder = asked.mapping("json_schema")
     holder.text("name")
     holder.boolean("strict")
     schema = holder.mapping("schema")
-    if holder.values.get("schema") is None:
-        raise invalid("response_format.json_schema.schema", "is required", "invalid_schema")
-    return dict(schema.values)
+    return None if holder.values.get("schema") is None else dict(schema.values)

@@ -11,7 +11,7 @@ from dsv4_jax.serving.events import Content, Event, Finish, Reasoning, ToolStart
 from dsv4_jax.serving.grammar.guide import GrammarGuide
 from dsv4_jax.serving.leader import Cancelled, Leader, started
 from dsv4_jax.serving.loops import LoopGuard
-from dsv4_jax.serving.model import Token, TokenModel, TokenStream
+from dsv4_jax.serving.model import Allowed, Token, TokenModel, TokenStream
 from dsv4_jax.serving.parser import State
 from dsv4_jax.serving.plan import Planner, PromptPlan
 from dsv4_jax.serving.replay import ReplayStore, Said
@@ -78,6 +78,11 @@ class Turn:
     @property
     def _is_stopped(self) -> bool:
         return self._stop.is_hit or self._reasoning_stop.is_hit
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether stop strings do not count yet."""
+        return len(self.tokens) <= self.plan.min_tokens
 
     def __iter__(self) -> Iterator[Event | Finish]:
         told: list[Event] = []
@@ -217,8 +222,17 @@ class Turn:
                 after=follows.wait(self._is_cancelled) if follows else None,
                 keep_output=plan.has_tools or bool(switches),
                 checkpoints=plan.checkpoints,
+                allowed=self._allowed(done),
+                priority=plan.priority,
             ),
         )
+
+    def _allowed(self, done: int) -> Allowed | None:
+        """What may be drawn behind the tokens that are done."""
+        allowed = self.plan.allowed
+        if allowed is None or not (done and allowed.early):
+            return allowed
+        return replace(allowed, early=max(allowed.early - done, 0))
 
     def _must_close_reasoning(self, token: int) -> bool:
         budget = self.plan.thinking_budget
@@ -249,6 +263,9 @@ class Turn:
         for event in events:
             if self._is_stopped:
                 return
+            if isinstance(event, Reasoning | Content) and self._is_early:
+                yield from self._passed(type(event), event.text)
+                continue
             if isinstance(event, Reasoning):
                 yield from self._passed(Reasoning, self._reasoning_stop.push(event.text))
                 continue

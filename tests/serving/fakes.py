@@ -13,7 +13,7 @@ from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.metrics import Metrics
-from dsv4_jax.serving.model import Token, TokenGuide, TokenStream
+from dsv4_jax.serving.model import Allowed, Token, TokenGuide, TokenStream
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service, Settings
 from dsv4_jax.tokenizer import Tokenizer
@@ -182,6 +182,8 @@ class FakeModel:
         after: TokenStream | None = None,
         keep_output: bool = False,
         checkpoints: Sequence[int] = (),
+        allowed: Allowed | None = None,
+        priority: int = 0,
     ) -> FakeStream:
         given = {k: v for k, v in locals().items() if k != "self"}
         given["prompt_ids"] = list(prompt_ids)

@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -24,12 +25,14 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(service: Service) -> Iterator[str]:
+def serving(service: Service, stall_timeout_s: float = 60.0, send_buffer: int = 0) -> Iterator[str]:
     """Yields the address, such as http://127.0.0.1:12345."""
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer:  # of the kernel
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     config = uvicorn.Config(
         create_app(service),
-        http=Http11,
+        http=partial(Http11, stall_timeout_s=stall_timeout_s),  # pyright: ignore
         ws="none",
         log_level="critical",
         lifespan="on",

@@ -59,7 +59,7 @@ def test_an_answer_comes_back_to_the_token():
     talk = Talk()
     assert talk.is_spliced(talk.second_prompt(talk.message))
     text = talk.client.get("/metrics").text
-    assert "dsv4:answers_restored_total 1.0" in text
+    assert "dsv4:reasoning_restored_total 1.0" in text
 
 
 def test_dropped_reasoning_is_restored():

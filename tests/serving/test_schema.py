@@ -32,7 +32,8 @@ HARMLESS = [
     {"parallel_tool_calls": True},
     {"modalities": ["text"]},
     {"tools": [], "tool_choice": "auto"},
-    {"metadata": {"a": "b"}, "priority": 3, "store": False},
+    {"metadata": {"a": "b"}, "priority": 0, "store": False},
+    {"min_tokens": 0, "ignore_eos": False},
     {"something_new": [1, 2]},
     {"stream_options": {"continuous_usage_stats": False}},
 ]
@@ -49,10 +50,7 @@ UNSUPPORTED = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"ignore_eos": True}, "ignore_eos"),
-    ({"min_tokens": 5}, "min_tokens"),
     ({"task": "read_url", "extracted_urls": ["a", "b"]}, "extracted_urls"),
-    ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
 ]
 
 

@@ -60,11 +60,12 @@ def _thinking(fields: Fields) -> dict[str, Any]:
     kind = thinking.text("type", ("enabled", "disabled", "adaptive"))
     if kind is None and fields.values.get("thinking") is not None:
         raise invalid("thinking.type", "is required: enabled, disabled or adaptive")
+    budget = thinking.integer("budget_tokens", 1, ANY_COUNT)
     effort = fields.mapping("output_config").text("effort", EFFORTS)
     is_on = kind in ("enabled", "adaptive")
     asked: dict[str, Any] = {"type": "enabled" if is_on else "disabled"}
     if is_on:
-        asked["budget_tokens"] = thinking.integer("budget_tokens", 1, ANY_COUNT)
+        asked["budget_tokens"] = budget
     return {"thinking": asked, "reasoning_effort": effort if is_on else None}
 
 
@@ -72,20 +73,23 @@ def _tools(fields: Fields) -> dict[str, Any]:
     tools = []
     for index, tool in enumerate(fields.array("tools", MAX_TOOLS) or []):
         where = f"tools[{index}]"
-        if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
+        if not isinstance(tool, dict) or tool.get("type") not in (None, "custom"):
             raise unsupported(where, "only tools with a name and an input_schema are supported")
         given = Fields(tool, where)
+        schema = given.mapping("input_schema")
+        if tool.get("input_schema") is None:
+            raise invalid(schema.path, "is required")
         function = {
             "name": given.text("name"),
             "description": given.text("description"),
-            "parameters": dict(given.mapping("input_schema").values),
+            "parameters": dict(schema.values),
             "strict": given.boolean("strict"),
         }
         kept = {key: value for key, value in function.items() if value is not None}
         tools.append({"type": "function", "function": kept})
     choice = fields.mapping("tool_choice")
     kind = choice.text("type", (*_CHOICES, "tool"))
-    if kind is None and choice.values:
+    if kind is None and fields.values.get("tool_choice") is not None:
         raise invalid("tool_choice.type", "is required: auto, any, tool or none")
     named = {"type": "function", "function": {"name": choice.text("name")}}
     return {
@@ -97,15 +101,24 @@ def _tools(fields: Fields) -> dict[str, Any]:
 
 def _format(fields: Fields) -> dict[str, Any]:
     """The reply's JSON schema, under either of the two names clients use."""
-    asked = fields.mapping("output_config").mapping("format")
-    if not asked.values:
-        asked = fields.mapping("output_format")
-    if not asked.values:
+    holders = ((fields.mapping("output_config"), "format"), (fields, "output_format"))
+    schemas = [
+        _schema(holder.mapping(name))
+        for holder, name in holders
+        if holder.values.get(name) is not None
+    ]
+    if not schemas:
         return {}
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schemas[0]}}}
+
+
+def _schema(asked: Fields) -> dict[str, Any]:
     if asked.text("type", ("json_schema",)) is None:
         raise invalid(asked.where("type"), "is required: json_schema")
-    schema = dict(asked.mapping("schema").values)
-    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    schema = asked.mapping("schema")
+    if asked.values.get("schema") is None:
+        raise invalid(schema.path, "is required")
+    return dict(schema.values)
 
 
 # Messages
@@ -161,7 +174,13 @@ def _text(blocks: list[Fields]) -> str:
     for block in blocks:
         if block.values.get("type") != "text":
             raise _refused(block)
-    return "\n\n".join(block.text("text") or "" for block in blocks)
+    return "\n\n".join(_needed(block, "text") for block in blocks)
+
+
+def _needed(block: Fields, name: str) -> str:
+    if (text := block.text(name)) is None:
+        raise invalid(block.where(name), "is required")
+    return text
 
 
 def _user_turn(blocks: list[Fields]) -> Iterator[dict[str, Any]]:
@@ -170,15 +189,23 @@ def _user_turn(blocks: list[Fields]) -> Iterator[dict[str, Any]]:
     for block in blocks:
         match block.values.get("type"):
             case "text":
-                yield {"role": "user", "content": block.text("text") or ""}
+                yield {"role": "user", "content": _needed(block, "text")}
             case "tool_result":
                 content = block.values.get("content")
                 inner = [] if content is None else list(_blocks(content, block.where("content")))
                 block.boolean("is_error")
-                call_id = block.text("tool_use_id")
+                call_id = _needed(block, "tool_use_id")
                 yield {"role": "tool", "tool_call_id": call_id, "content": _text(inner)}
             case _:
                 raise _refused(block)
+
+
+def _call(block: Fields) -> dict[str, Any]:
+    arguments = block.mapping("input")
+    if block.values.get("input") is None:
+        raise invalid(arguments.path, "is required")
+    function = {"name": _needed(block, "name"), "arguments": dict(arguments.values)}
+    return {"id": _needed(block, "id"), "type": "function", "function": function}
 
 
 def _assistant(blocks: list[Fields], is_last: bool) -> dict[str, Any]:
@@ -188,15 +215,14 @@ def _assistant(blocks: list[Fields], is_last: bool) -> dict[str, Any]:
     for block in blocks:
         match block.values.get("type"):
             case "text":
-                texts.append(block.text("text") or "")
+                texts.append(_needed(block, "text"))
             case "thinking":
-                reasoning.append(block.text("thinking") or "")
+                block.text("signature")
+                reasoning.append(_needed(block, "thinking"))
             case "redacted_thinking":
-                continue  # nothing of ours is in it
+                block.text("data")  # nothing of ours is in it
             case "tool_use":
-                arguments = dict(block.mapping("input").values)
-                function = {"name": block.text("name"), "arguments": arguments}
-                calls.append({"id": block.text("id"), "type": "function", "function": function})
+                calls.append(_call(block))
             case _:
                 raise _refused(block)
     turn: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}

@@ -18,6 +18,10 @@ class SchedulerConfig:
         decode_batches: Compiled numbers of decode rows, ascending; the last is at least num_slots.
         chunk_sizes: Compiled prefill lengths, ascending multiples of 128.
         prefill_batches: Compiled numbers of prefill rows, ascending.
+        tail_shape: Compiled rows and tokens of a chunk that several prompts share: what is left of
+            each behind its last multiple of 128, where that is no more than these tokens. Whether
+            tokens are computed in it follows from their own prompt alone. None: prompts never
+            share a chunk for that reason.
         step_tokens: Tokens of a step in which anybody decodes, padding of prefill included.
         checkpoint_every: Distance of regular checkpoints in tokens, a multiple of 128.
         reserve_tokens: Room for output, on top of the prompt, that must exist to start.
@@ -36,6 +40,7 @@ class SchedulerConfig:
     decode_batches: tuple[int, ...]
     chunk_sizes: tuple[int, ...] = (128, 512, 2048)
     prefill_batches: tuple[int, ...] = (1,)
+    tail_shape: tuple[int, int] | None = None
     step_tokens: int = 2048
     checkpoint_every: int = 4096
     reserve_tokens: int = 1024
@@ -57,6 +62,13 @@ class SchedulerConfig:
             if size < UNIT or size % UNIT:
                 raise ValueError(
                     f"chunk or checkpoint distance {size} must be a multiple of {UNIT}"
+                )
+        if self.tail_shape is not None:
+            rows, tokens = self.tail_shape
+            if rows < 1 or not 0 < tokens <= UNIT or rows * tokens > self.step_tokens:
+                raise ValueError(
+                    f"tail_shape={self.tail_shape} must hold rows of 1 to {UNIT} tokens, and "
+                    f"no more than step_tokens={self.step_tokens} in all"
                 )
         if self.decode_batches[-1] < self.num_slots:
             raise ValueError(f"decode_batches must reach num_slots={self.num_slots}")

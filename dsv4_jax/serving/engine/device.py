@@ -8,6 +8,7 @@ ring state.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -306,6 +307,16 @@ def _with_layers(state: State, layers: list[LayerCache]) -> State:
     )
 
 
+def _light(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program of a step without the checkpoints: what it does not touch costs time per call."""
+
+    def run(params: model.Params, state: State, *rest: Any) -> Any:
+        changed, *results = program(params, dataclasses.replace(state, checkpoints=[]), *rest)
+        return dataclasses.replace(changed, checkpoints=state.checkpoints), *results
+
+    return run
+
+
 class Programs:
     """The jitted programs of one model and one set of sizes."""
 
@@ -314,8 +325,8 @@ class Programs:
         self.vocab_size = cfg.vocab_size
         self.params = params
         self.init = partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params))
-        self.decode = jax.jit(partial(decode, cfg, num), donate_argnums=1)
-        self.prefill = jax.jit(partial(prefill, cfg, num), donate_argnums=1)
+        self.decode = _light(jax.jit(partial(decode, cfg, num), donate_argnums=1))
+        self.prefill = _light(jax.jit(partial(prefill, cfg, num), donate_argnums=1))
         self.start_slot = jax.jit(start_slot, donate_argnums=0)
         self.set_uses = jax.jit(set_uses, donate_argnums=0)
         self.copy_pages = jax.jit(copy_pages, donate_argnums=0)

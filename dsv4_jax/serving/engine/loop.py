@@ -32,7 +32,7 @@ from dsv4_jax.serving.engine.step import StepPlan
 from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, token_of
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
-from dsv4_jax.serving.model import TokenGuide, TokenStream
+from dsv4_jax.serving.model import Allowed, TokenGuide, TokenStream
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # steps under way: the device works on one while the host reads the other
@@ -110,6 +110,16 @@ class Engine:
         tier = self.host if host_cache_bytes else None
         cache = PrefixCache(self.pages, store, fingerprint, tier, evicted)
         self.scheduler = Scheduler(scheduling, cache, self.host, time.monotonic, metrics)
+        metrics.describe(
+            "cache_config_info",
+            "Sizes of the cache.",
+            page_tokens=sizes.page_tokens,
+            num_pages=self.pages.num_usable,
+            num_slots=sizes.slots,
+            num_checkpoints=sizes.checkpoints,
+            max_len=sizes.max_len,
+            host_bytes=host_cache_bytes,
+        )
         metrics.watch("host_cache_usage_perc", lambda: self.host.used / max(host_cache_bytes, 1))
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -154,6 +164,8 @@ class Engine:
         after: TokenStream | None = None,
         keep_output: bool = False,
         checkpoints: Sequence[int] = (),
+        allowed: Allowed | None = None,
+        priority: int = 0,
     ) -> RequestStream:
         """Queues a request; see `TokenModel.stream`.
 
@@ -164,12 +176,14 @@ class Engine:
         if after is not None and not isinstance(after, RequestStream):
             raise ValueError("after must be a stream of this engine")
         self._check_ids(prompt_ids, sampling)
-        payload = Payload(sampling, guide, sampling.key_words())
+        allowed = self.runner.fitted(allowed)
+        payload = Payload(sampling, guide, sampling.key_words(), allowed=allowed)
         request = Request(
             id=request_id or f"r{next(self._ids)}",
             prompt=prompt_ids,
             max_tokens=sampling.max_tokens,
             tenant=tenant,
+            priority=priority,
             stop_ids=stop_ids,
             checkpoints=checkpoints,
             keep_output=keep_output,
@@ -272,7 +286,9 @@ class Engine:
         """Waits for a step, advances the requests, and sends tokens to their readers."""
         plan, landed = step.plan, []
         try:
-            landed = [part.land() for part in step.launched]
+            for part in step.launched:
+                landed.append(part.land())
+                self._measure(part)
         except Exception as error:
             self._survive(plan, error)
         self.host.settle()
@@ -292,6 +308,11 @@ class Engine:
             self._deliver(delivery, *places[delivery.request])
         with self._lock:
             self._report()
+
+    def _measure(self, part: Launched) -> None:
+        self.metrics.step(part.program, time.monotonic() - part.start_s)
+        if part.mask_s is not None:
+            self.metrics.observe("grammar_mask_seconds", part.mask_s)
 
     def _error_of(self, row: Row, token: int, part: Landed) -> Exception | None:
         """Why a row must not count."""

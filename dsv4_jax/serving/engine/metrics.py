@@ -27,6 +27,7 @@ PER_TOKEN_S = (
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
     20, 40, 80,
 )
+STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60)
 REQUEST_S = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )
@@ -44,6 +45,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "generation_tokens": ("Tokens generated.", ()),
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", ()),
     "prefix_cache_hits": ("Prompt tokens restored from the prefix cache.", ()),
+    "prefix_cache_replayed_tokens": ("Cached prompt tokens computed again for their state.", ()),
     "prefix_cache_evictions": ("Pages and checkpoints evicted.", ("tier",)),
     "num_preemptions": ("Requests that lost their slot because pages ran out.", ()),
     "request_success": ("Requests that ended as they should.", ("finished_reason",)),
@@ -104,11 +106,15 @@ class Metrics:
             "request_prompt_tokens": tokens,
             "request_generation_tokens": tokens,
             "request_params_max_tokens": tokens,
+            "grammar_mask_seconds": STEP_S,
         }
         self._histograms = {
             name: self._make(Histogram, name, name.replace("_", " "), (), buckets=buckets)
             for name, buckets in histograms.items()
         }
+        text = "From the launch of a program to its results on the host."
+        name = "step_duration_seconds"
+        self._step_seconds = self._make(Histogram, name, text, ("program",), buckets=STEP_S)
 
     def _make(
         self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **extra: Any
@@ -120,6 +126,15 @@ class Metrics:
     def watch(self, name: str, read: Callable[[], float]) -> None:
         """Makes a gauge call `read`, from any thread, whenever it is asked for."""
         self._make(Gauge, name, GAUGES[name]).set_function(read)
+
+    def describe(self, name: str, text: str, **facts: object) -> None:
+        """Adds a series of value 1 whose labels are the facts."""
+        labels = {key: str(value) for key, value in facts.items()}
+        self._make(Gauge, name, text, tuple(labels)).labels(**self._labels, **labels).set(1)
+
+    def step(self, program: str, seconds: float) -> None:
+        """Records a program that ran."""
+        self._step_seconds.labels(**self._labels, program=program).observe(seconds)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         counter = self._counters[name]
@@ -134,12 +149,13 @@ class Metrics:
 
     # What happens to requests.
 
-    def started(self, request: Request) -> None:
-        """Records the first admission."""
+    def started(self, request: Request, matched: int = 0) -> None:
+        """Records the first admission; so many tokens of the prompt were in the cache."""
         self.count("prompt_tokens", len(request.prompt))
         if request.reuse_prefix:
             self.count("prefix_cache_queries", len(request.prompt))
             self.count("prefix_cache_hits", request.cached_tokens)
+            self.count("prefix_cache_replayed_tokens", max(matched - request.cached_tokens, 0))
         self.observe("request_queue_time_seconds", _between(request, "arrived", "started"))
 
     def token(self, request: Request, now: float) -> None:

@@ -23,7 +23,26 @@ def prefill_order(requests: Iterable[Request]) -> list[Request]:
 
 def piece(request: Request) -> int:
     """Tokens up to the next point where a chunk has to end."""
-    return (request.cuts[0] if request.cuts else request.target) - request.planned
+    end = request.cuts[0] if request.cuts else request.target
+    if request.planned < request.tail:
+        end = min(end, request.tail)
+    return end - request.planned
+
+
+def tail_start(length: int, shape: tuple[int, int] | None) -> int:
+    """Where the part of a prompt begins that shares its chunks; its length if it has none.
+
+    Cached prefixes are whole units, so the part is never cached, and always computed: the same
+    tokens in the same shape, whatever else was cached or waits.
+    """
+    rest = length % UNIT
+    return length - rest if shape is not None and rest <= shape[1] else length
+
+
+def same_kind(requests: Sequence[Request]) -> list[Request]:
+    """The first and those of its kind: ends of prompts that share a chunk, or all else."""
+    is_tail = requests[0].planned >= requests[0].tail
+    return [request for request in requests if (request.planned >= request.tail) == is_tail]
 
 
 def choose_chunk(

@@ -92,6 +92,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     target: int = 0  # tokens to prefill
+    tail: int = 0  # from here on in chunks that prompts share; the prompt's end if it has none
     planned: int = 0  # tokens whose computation has been handed out
     committed: int = 0  # tokens whose rows are known to be right
     cuts: list[int] = field(default_factory=list)  # where chunks end for a checkpoint

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from dsv4_jax.serving.engine.device import Batch, Programs, Prompt, Sampled
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.step import DecodeRow, PageCopy, PrefillRow, SlotStart, StepPlan
 from dsv4_jax.serving.engine.stream import Payload
+from dsv4_jax.serving.model import Allowed
 
 Row = PrefillRow | DecodeRow
 PAGES_AT_ONCE = 16  # that leave or enter the device in one call
@@ -33,6 +35,13 @@ class Launched:
     sampled: Sampled
     scores: Logprobs | None = None
     failed: dict[int, Exception] = field(default_factory=dict)
+    mask_s: float | None = None  # to fill the masks of guides, if there are any
+    start_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def program(self) -> str:
+        """What computes the rows."""
+        return "prefill" if isinstance(self.rows[0], PrefillRow) else "decode"
 
     def land(self) -> Landed:
         """Waits for the results; log-probabilities of prompts go to their requests at once."""
@@ -68,6 +77,8 @@ class _Fixed:
     slots_B: Any
     table_BP: Any
     knobs: Any
+    words_BW: Any
+    host_words_BW: np.ndarray | None  # the same; None allows everything
 
 
 class Runner:
@@ -86,6 +97,7 @@ class Runner:
         self._tables_version = 0
         self._fixed: dict[type, _Fixed] = {}
         self._blank: dict[tuple[int, ...], Any] = {}  # constants on the device
+        self._mask_words = mask_words(programs.vocab_size)
 
     def run(self, plan: StepPlan) -> list[Launched]:
         """Queues a step on the device.
@@ -116,8 +128,9 @@ class Runner:
         programs, scratch, first = self.programs, np.int32(self._scratch), np.int32(0)
         for size in self._config.decode_batches:
             self.state, _ = programs.decode(programs.params, self.state, self._padding(size))
-        shapes = itertools.product(self._config.prefill_batches, self._config.chunk_sizes)
-        for size, chunk in shapes:
+        config = self._config
+        shapes = list(itertools.product(config.prefill_batches, config.chunk_sizes))
+        for size, chunk in shapes + ([config.tail_shape] if config.tail_shape else []):
             self._launch_prefill(self._padding(size), (), size, chunk)
         none = np.zeros(self._config.num_slots, np.int32)
         self.state = programs.copy_pages(self.state, none, none)
@@ -183,18 +196,20 @@ class Runner:
         rows_B3 = np.zeros((plan.decode_batch, 3), np.int32)
         for i, row in enumerate(plan.decode):
             rows_B3[i] = row.position, 1, 1
-        batch, failed = self._batch(plan.decode, rows_B3)
+        start_s = time.monotonic()
+        batch, failed, mask_s = self._batch(plan.decode, rows_B3)
         self.state, sampled = self.programs.decode(self.programs.params, self.state, batch)
         sampled.tokens_B.copy_to_host_async()
-        return Launched(plan.decode, sampled, failed=failed)
+        return Launched(plan.decode, sampled, None, failed, mask_s, start_s)
 
     def _prefill(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.prefill_batch, 3), np.int32)
         for i, row in enumerate(plan.prefill):
             rows_B3[i] = row.start, len(row.tokens), row.samples
-        batch, failed = self._batch(plan.prefill, rows_B3)
+        start_s = time.monotonic()
+        batch, failed, mask_s = self._batch(plan.prefill, rows_B3)
         sampled, scores = self._launch_prefill(batch, plan.prefill, plan.prefill_batch, plan.chunk)
-        return Launched(plan.prefill, sampled, scores, failed)
+        return Launched(plan.prefill, sampled, scores, failed, mask_s, start_s)
 
     def _launch_prefill(
         self, batch: Batch, rows: Sequence[PrefillRow], size: int, chunk: int
@@ -219,10 +234,14 @@ class Runner:
 
     def _batch(
         self, rows: Sequence[Row], rows_B3: np.ndarray
-    ) -> tuple[Batch, dict[int, Exception]]:
+    ) -> tuple[Batch, dict[int, Exception], float | None]:
+        """The batch, rows whose guides failed, and the seconds that guides took."""
         fixed = self._fixed_of(rows, len(rows_B3))
-        words, failed = self._masks(rows, len(rows_B3))
-        return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed
+        start_s = time.monotonic()
+        words, failed = self._masks(rows, fixed, len(rows_B3))
+        has_guides = any(row.request.guided for row in rows)
+        mask_s = time.monotonic() - start_s if has_guides else None
+        return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed, mask_s
 
     def _fixed_of(self, rows: Sequence[Row], size: int) -> _Fixed:
         """What stays on the device from step to step while the same requests run."""
@@ -237,36 +256,71 @@ class Runner:
         if last is None:
             payloads = [row.request.payload for row in rows]
             values = [(payload.sampling, payload.key_2) for payload in payloads]
+            host_words = self._allowed(rows, size)
             slots_B, knobs = jax.device_put((slots, knobs_of(values, size)))
+            words = self._everything(size) if host_words is None else jax.device_put(host_words)
         else:
             slots_B, knobs = last.slots_B, last.knobs
+            words, host_words = last.words_BW, last.host_words_BW
         table_BP = jax.device_put(self._tables[slots])
-        fixed = self._fixed[kind] = _Fixed(key, self._tables_version, slots_B, table_BP, knobs)
+        fixed = _Fixed(key, self._tables_version, slots_B, table_BP, knobs, words, host_words)
+        self._fixed[kind] = fixed
         return fixed
 
-    def _masks(self, rows: Sequence[Row], size: int) -> tuple[Any, dict[int, Exception]]:
+    def _allowed(self, rows: Sequence[Row], size: int) -> np.ndarray | None:
+        """Masks that stay while the rows do; None allows everything."""
+        masks = [row.request.payload.allowed for row in rows]
+        if not any(masks):
+            return None
+        words = np.full((size, self._mask_words), EVERYTHING, np.uint32)
+        for i, mask in enumerate(masks):
+            if mask is not None:
+                words[i] = mask.words_W
+        return words
+
+    def _masks(
+        self, rows: Sequence[Row], fixed: _Fixed, size: int
+    ) -> tuple[Any, dict[int, Exception]]:
         """Masks of a step, filled while the device works on the steps before."""
-        width, failed = mask_words(self.programs.vocab_size), {}
+        failed: dict[int, Exception] = {}
         words: np.ndarray | None = None
         for i, row in enumerate(rows):
-            payload: Payload = row.request.payload
-            if payload.guide is None or not (isinstance(row, DecodeRow) or row.samples):
-                continue
-            mine = np.full(width, EVERYTHING, np.uint32)
             try:
-                if not payload.guide.fill(mine):
-                    continue
-                if not mine.any():
-                    raise ValueError("the guide allows no token at all")
+                mine = _own_mask(row, self._mask_words)
             except Exception as error:  # foreign code: it costs this request and no other
                 failed[row.slot] = error
                 continue
+            if mine is None:
+                continue
             if words is None:
-                words = np.full((size, width), EVERYTHING, np.uint32)
+                words = self._copied(fixed.host_words_BW, size)
             words[i] = mine
-        if words is None:
-            return self._constant((size, width), EVERYTHING, np.uint32), failed
-        return words, failed
+        return (fixed.words_BW if words is None else words), failed
+
+    def _copied(self, words_BW: np.ndarray | None, size: int) -> np.ndarray:
+        if words_BW is not None:
+            return words_BW.copy()
+        return np.full((size, self._mask_words), EVERYTHING, np.uint32)
+
+    def _everything(self, size: int) -> Any:
+        return self._constant((size, self._mask_words), EVERYTHING, np.uint32)
+
+    def fitted(self, allowed: Allowed | None) -> Allowed | None:
+        """The same for the model's vocabulary, which may be larger than that of the words.
+
+        Raises:
+            ValueError: it is smaller.
+        """
+
+        def fit(words_W: np.ndarray) -> np.ndarray:
+            if len(words_W) > self._mask_words:
+                raise ValueError(f"a mask of {len(words_W)} words is too long for this model")
+            return np.pad(words_W, (0, self._mask_words - len(words_W)))
+
+        if allowed is None:
+            return None
+        early = None if allowed.early_W is None else fit(allowed.early_W)
+        return replace(allowed, words_W=fit(allowed.words_W), early_W=early)
 
     def _constant(self, shape: tuple[int, ...], value: int, dtype: type) -> Any:
         key = (*shape, value)
@@ -281,5 +335,35 @@ class Runner:
             jnp.full(size, self._scratch, jnp.int32),
             jax.device_put(self._tables[np.full(size, self._scratch)]),
             jax.device_put(knobs_of([], size)),
-            self._constant((size, mask_words(self.programs.vocab_size)), EVERYTHING, np.uint32),
+            self._everything(size),
         )
+
+
+def _own_mask(row: Row, width: int) -> np.ndarray | None:
+    """A mask that holds for this step only, None if there is none.
+
+    Raises:
+        ValueError: it allows nothing. Exception: what the guide raised.
+    """
+    payload: Payload = row.request.payload
+    if not (isinstance(row, DecodeRow) or row.samples):
+        return None
+    allowed, words_W = payload.allowed, None
+    if allowed is not None and allowed.early_W is not None and _drawn(row) < allowed.early:
+        words_W = allowed.early_W
+    mine = np.full(width, EVERYTHING, np.uint32)
+    if payload.guide is None or not payload.guide.fill(mine):
+        return words_W
+    if words_W is None and allowed is not None:
+        words_W = allowed.words_W
+    if words_W is not None:
+        mine &= words_W
+    if not mine.any():
+        raise ValueError("the guide allows no token at all")
+    return mine
+
+
+def _drawn(row: Row) -> int:
+    """Tokens drawn before the one that this row draws."""
+    end = row.start + len(row.tokens) if isinstance(row, PrefillRow) else row.position + 1
+    return end - len(row.request.prompt)

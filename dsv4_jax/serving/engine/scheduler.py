@@ -13,11 +13,11 @@ from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.node import Hit
 from dsv4_jax.serving.engine.parking import Parking
-from dsv4_jax.serving.engine.prefill import choose_chunk, piece, prefill_order
+from dsv4_jax.serving.engine.prefill import choose_chunk, piece, prefill_order, same_kind
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import FinishReason, Request, Status
 from dsv4_jax.serving.engine.slots import InFlight, Slots
-from dsv4_jax.serving.engine.step import DecodeRow, Draft, PrefillRow, StepPlan
+from dsv4_jax.serving.engine.step import DecodeRow, Draft, PrefillRow, StepPlan, bucket
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.waiting import Rejection, WaitingQueue
 
@@ -168,7 +168,7 @@ class Scheduler:
             return None
         self._steps += 1
         self._in_flight.append(record)
-        plan = draft.finish(record.step, self.config.prefill_batches, self.config.decode_batches)
+        plan = draft.finish(record.step, self.config.decode_batches)
         self.metrics.observe("iteration_tokens_total", plan.num_tokens)
         return plan
 
@@ -287,7 +287,7 @@ class Scheduler:
         if len(self.queue):
             self._start_gap_s += 0.1 * (now - self._last_start - self._start_gap_s)
         self._last_start = now
-        self.metrics.started(request)
+        self.metrics.started(request, hit.matched)
 
     def _plan_prefill(self, draft: Draft, record: InFlight) -> None:
         """Fills what the decoding rows leave of the step with chunks of prompts."""
@@ -295,13 +295,21 @@ class Scheduler:
         order = prefill_order(r for r in self.slots.live.values() if r.status is Status.PREFILL)
         if not order:
             return
-        alone = max(config.step_tokens, config.chunk_sizes[-1])
-        budget = config.step_tokens - len(draft.decode) if draft.decode else alone
-        pieces = [piece(request) for request in order]
-        draft.chunk, rows = choose_chunk(pieces, budget, config.chunk_sizes, config.prefill_batches)
-        for request in order[rows:]:
-            request.skipped += 1
-        for request, size in zip(order[:rows], pieces, strict=False):
+        fits = same_kind(order)
+        pieces = [piece(request) for request in fits]
+        if config.tail_shape is not None and order[0].planned >= order[0].tail:
+            draft.prefill_batch, draft.chunk = config.tail_shape
+            rows = min(draft.prefill_batch, len(fits))
+        else:
+            alone = max(config.step_tokens, config.chunk_sizes[-1])
+            budget = config.step_tokens - len(draft.decode) if draft.decode else alone
+            sizes = config.chunk_sizes, config.prefill_batches
+            draft.chunk, rows = choose_chunk(pieces, budget, *sizes)
+            draft.prefill_batch = bucket(rows, config.prefill_batches)
+        chosen = fits[:rows]
+        for request in order:
+            request.skipped += request not in chosen
+        for request, size in zip(chosen, pieces, strict=False):
             self._plan_chunk(request, min(size, draft.chunk), draft, record)
 
     def _plan_chunk(self, request: Request, count: int, draft: Draft, record: InFlight) -> None:

@@ -22,7 +22,8 @@ def plan_sizes(
 ) -> tuple[SchedulerConfig, Sizes]:
     """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
 
-    One decode shape and one chunk shape: what a request computes does not depend on the load.
+    One decode shape, one chunk shape, and one for ends of prompts: which of them computes a token
+    follows from its own request, so what a request computes does not depend on the load.
 
     Raises:
         ValueError: the cache cannot hold one request of `max_len`, or slots is not positive.
@@ -45,6 +46,7 @@ def plan_sizes(
         max_len=max_len,
         decode_batches=(slots,),
         chunk_sizes=(CHUNK,),
+        tail_shape=(min(CHUNK // UNIT, slots), UNIT),
         step_tokens=CHUNK + slots,
         queue=QueueLimits(),
     )

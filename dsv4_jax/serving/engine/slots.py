@@ -8,7 +8,7 @@ from dsv4_jax.serving.engine.checkpoints import Handle
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.node import Hit, Node
 from dsv4_jax.serving.engine.parking import Parking
-from dsv4_jax.serving.engine.prefill import cut_points
+from dsv4_jax.serving.engine.prefill import cut_points, tail_start
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.step import Draft, PageCopy, SlotStart, Snapshot, TableUpdate
@@ -82,6 +82,7 @@ class Slots:
         request.planned = request.committed = request.parked or hit.tokens
         request.pin, request.skipped = hit.node, 0
         request.cuts = self._cuts(request, hit)
+        request.tail = tail_start(len(request.prompt), self._config.tail_shape)
         self._prepare(request, hit, draft, record)
         return hit
 

@@ -124,12 +124,11 @@ class Draft:
     tables: list[TableUpdate] = field(default_factory=list)
     prefill: list[PrefillRow] = field(default_factory=list)
     chunk: int = 0
+    prefill_batch: int = 0
     decode: list[DecodeRow] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
 
-    def finish(
-        self, step: int, prefill_batches: Sequence[int], decode_batches: Sequence[int]
-    ) -> StepPlan:
+    def finish(self, step: int, decode_batches: Sequence[int]) -> StepPlan:
         return StepPlan(
             step=step,
             starts=tuple(self.starts),
@@ -137,7 +136,7 @@ class Draft:
             tables=tuple(self.tables),
             prefill=tuple(self.prefill),
             chunk=self.chunk,
-            prefill_batch=bucket(len(self.prefill), prefill_batches),
+            prefill_batch=self.prefill_batch,
             decode=tuple(self.decode),
             decode_batch=bucket(len(self.decode), decode_batches),
             snapshots=tuple(self.snapshots),

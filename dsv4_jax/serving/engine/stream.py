@@ -11,7 +11,7 @@ import numpy as np
 from dsv4_jax.sampling import Logprobs, SamplingParams
 from dsv4_jax.serving.engine.request import FinishReason, Request
 from dsv4_jax.serving.engine.step import PrefillRow
-from dsv4_jax.serving.model import Token, TokenGuide
+from dsv4_jax.serving.model import Allowed, Token, TokenGuide
 
 
 class EngineError(RuntimeError):
@@ -26,7 +26,8 @@ class EngineError(RuntimeError):
 class Payload:
     """What the engine keeps of a request: how it samples, and where its tokens go.
 
-    `error` says why the request failed. `scores` are the prompt's log-probabilities so far.
+    `error` says why the request failed. `scores` are the prompt's log-probabilities so far. The
+    words of `allowed` are as many as the model's vocabulary takes.
     """
 
     sampling: SamplingParams
@@ -34,6 +35,7 @@ class Payload:
     key_2: np.ndarray
     out: queue.SimpleQueue[Token | FinishReason] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
+    allowed: Allowed | None = None
     scores: list[Token | None] = field(default_factory=lambda: [None])
 
     def add_scores(self, row: PrefillRow, scores: Logprobs, index: int) -> None:

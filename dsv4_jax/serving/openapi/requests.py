@@ -12,6 +12,7 @@ from dsv4_jax.serving.openapi.terms import (
     either,
     integer,
     list_of,
+    maybe,
     number,
     one_of,
     ref,
@@ -48,7 +49,7 @@ _SHARED: dict[str, Schema] = {
     "repetition_penalty": number(0, 2, is_open=True),
     "logit_bias": {
         "type": "object",
-        "additionalProperties": number(-MAX_BIAS, MAX_BIAS),
+        "additionalProperties": maybe(number(-MAX_BIAS, MAX_BIAS)),
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
         "maxProperties": MAX_BIASED,
     },
@@ -64,6 +65,8 @@ _SHARED: dict[str, Schema] = {
     "user_id": TEXT,
     "metadata": OBJECT,
     "priority": integer(-(2**31), _INT32),
+    "min_tokens": integer(0, ANY_COUNT),
+    "ignore_eos": BOOLEAN,
 }
 _PART = asked({"type": one_of("text"), "text": TEXT}, ("type",))
 _CONTENT = either(TEXT, list_of(_PART))
@@ -95,7 +98,7 @@ _TOOL = asked(
             ("name",),
         ),
     },
-    ("type", "function"),
+    ("function",),
 )
 _CHOICE = either(
     one_of("none", "auto", "required"),
@@ -107,7 +110,7 @@ _CHOICE = either(
 _FORMAT = asked(
     {
         "type": one_of(*FORMATS),
-        "json_schema": asked({"name": TEXT, "schema": OBJECT, "strict": BOOLEAN}, ("schema",)),
+        "json_schema": asked({"name": TEXT, "schema": OBJECT, "strict": BOOLEAN}, ()),
         "regex": {"type": "string", "maxLength": MAX_GRAMMAR_CHARS},
         "grammar": {"type": "string", "maxLength": MAX_GRAMMAR_CHARS},
     },

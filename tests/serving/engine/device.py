@@ -13,7 +13,7 @@ from dsv4_jax.serving.engine.host import Unit
 from dsv4_jax.serving.engine.pages import SCRATCH_PAGE
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.scheduler import Scheduler
-from dsv4_jax.serving.engine.step import StepPlan
+from dsv4_jax.serving.engine.step import PrefillRow, StepPlan
 from dsv4_jax.serving.engine.units import UNIT
 
 VOCABULARY = 97
@@ -205,8 +205,9 @@ class FakeDevice:
     def _check_shapes(self, plan: StepPlan) -> None:
         """Only compiled shapes, every row inside its shape, every slot at most once."""
         config = self._config
-        assert plan.chunk in (0, *config.chunk_sizes)
-        assert plan.prefill_batch in (0, *config.prefill_batches)
+        is_tail = (plan.prefill_batch, plan.chunk) == config.tail_shape
+        assert is_tail or plan.chunk in (0, *config.chunk_sizes)
+        assert is_tail or plan.prefill_batch in (0, *config.prefill_batches)
         assert plan.decode_batch in (0, *config.decode_batches)
         assert len(plan.prefill) <= plan.prefill_batch
         assert len(plan.decode) <= plan.decode_batch
@@ -216,10 +217,18 @@ class FakeDevice:
         for row in plan.prefill:
             assert row.start % UNIT == 0 and 0 < len(row.tokens) <= plan.chunk
             assert len(row.tokens) % UNIT == 0 or row.samples, "only the last chunk may be odd"
+            assert config.tail_shape is None or is_tail == self._is_tail(row)
         padded = plan.chunk * plan.prefill_batch + len(plan.decode)
         smallest = config.chunk_sizes[0] * config.prefill_batches[0] + len(plan.decode)
         if plan.decode:
             assert padded <= max(config.step_tokens, smallest)
+
+    def _is_tail(self, row: PrefillRow) -> bool:
+        """Whether the row's own prompt says that it is computed among others."""
+        assert self._config.tail_shape is not None
+        length = len(row.request.prompt)
+        rest = length % UNIT
+        return 0 < rest <= self._config.tail_shape[1] and row.start == length - rest
 
     def _check_writers(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """A page that is written is in one table, and cached units of it lie in front."""

@@ -10,7 +10,8 @@ from dsv4_jax.generator import Generator
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import EngineError
-from dsv4_jax.serving.model import Token
+from dsv4_jax.serving.masks import words_of
+from dsv4_jax.serving.model import Allowed, Token
 from tests.serving.engine.conftest import forget_prefixes, little_room, metric, settled
 
 NEW = 20
@@ -246,3 +247,26 @@ def test_streams_can_be_closed_from_anywhere_and_dropped(engine):
     del dropped
     with settled(engine):
         assert not engine.scheduler.slots.live
+
+
+def test_what_may_not_be_drawn_is_not(engine):
+    """A fixed mask, and another for the first tokens, also beside a request without any."""
+    prompt, even = make_prompt(4, 40), words_of(range(0, 320, 2), 320)
+    few = words_of([10, 20, 30], 64)  # shorter than the vocabulary: the rest is out
+    allowed = Allowed(even, few, early=5)
+    params = SamplingParams(NEW, seed=2, temperature=2.0)
+
+    def draw(index: int) -> list[int]:
+        rules = allowed if index else None
+        return [t.id for t in engine.stream(prompt, params, frozenset(), allowed=rules)]
+
+    with ThreadPoolExecutor(2) as pool:
+        free, bound = pool.map(draw, range(2))
+    assert any(token % 2 for token in free) and free == draw(0)
+    assert set(bound[:5]) <= {10, 20, 30} and bound == draw(1)
+    assert all(token % 2 == 0 for token in bound) and set(bound[5:]) - {10, 20, 30}
+
+
+def test_a_mask_that_is_too_long_is_refused(engine):
+    with pytest.raises(ValueError, match="too long for this model"):
+        engine.stream([5], SamplingParams(1), frozenset(), allowed=Allowed(words_of([1], 10_000)))

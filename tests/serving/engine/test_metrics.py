@@ -25,6 +25,30 @@ def test_names_labels_and_prefix():
     assert "_created" not in text and "# TYPE vllm:prompt_tokens_total counter" in text
 
 
+def test_facts_and_programs():
+    metrics = Metrics()
+    metrics.describe("cache_config_info", "Sizes.", num_pages=7, page_tokens=128)
+    metrics.step("decode", 0.004)
+    metrics.observe("grammar_mask_seconds", 0.2)
+    found = samples(metrics)
+    assert found["dsv4:cache_config_info num_pages=7 page_tokens=128"] == 1
+    assert found["dsv4:step_duration_seconds_bucket le=0.005 program=decode"] == 1
+    assert found["dsv4:step_duration_seconds_bucket le=0.002 program=decode"] == 0
+    assert found["dsv4:grammar_mask_seconds_sum"] == 0.2
+
+
+def test_cached_tokens_that_are_computed_again_are_counted():
+    """The cache holds 256 tokens of the prompt, but its only state stands behind 128."""
+    engine = Engine(small_config(checkpoint_every=4096))
+    engine.submit(Request(id="1", prompt=prompt(300), max_tokens=1, checkpoints=[128]))
+    engine.run()
+    engine.submit(Request(id="2", prompt=prompt(300), max_tokens=1))
+    engine.run()
+    found = samples(engine.scheduler.metrics)
+    assert found["dsv4:prefix_cache_hits_total"] == 128
+    assert found["dsv4:prefix_cache_replayed_tokens_total"] == 128
+
+
 def test_two_engines_count_apart():
     first, second = Metrics(), Metrics()
     first.count("prompt_tokens", 5)

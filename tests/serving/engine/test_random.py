@@ -15,6 +15,7 @@ SHAPES = {
     "no checkpoints": {"num_pages": 25, "page_tokens": 128, "checkpoints": 0},
     "a second tier": {"num_pages": 17, "page_tokens": 256, "checkpoints": 4, "host": True},
     "little room": {"num_pages": 8, "page_tokens": 256, "checkpoints": 8},
+    "shared chunks": {"num_pages": 25, "tail_shape": (3, 100)},
     "hardly any room": {"num_pages": 10, "page_tokens": 128, "checkpoints": 8},
 }
 
@@ -74,7 +75,10 @@ def run_events(engine: Engine, events: int, seed: int) -> None:
 
 def make_engine(shape: str) -> Engine:
     limits = QueueLimits(requests=12, tokens=4000, tenant_requests=6, timeout_s=20)
-    return Engine(small_config(max_len=900, reserve_tokens=16, queue=limits), **SHAPES[shape])
+    sizes = dict(SHAPES[shape])
+    tail_shape = sizes.pop("tail_shape", None)
+    config = small_config(max_len=900, reserve_tokens=16, queue=limits, tail_shape=tail_shape)
+    return Engine(config, **sizes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
