@@ -19,7 +19,7 @@ from dsv4_jax.training.partition import View, is_view, join, split
 FAST, STABLE = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (STABLE,) * 2
 UPDATE_RMS = 0.18
-EPSILON = 1e-20  # added to the norm; a zero matrix stays zero
+EPSILON = 1e-30  # of norms; a zero matrix stays zero
 CHUNK_ELEMENTS = 1 << 22  # matrices that are iterated together
 
 
@@ -38,8 +38,9 @@ def orthogonalise(x_nrq: Array, dtype: Any = jnp.float32) -> Array:
     tall = x_nrq.shape[1] > x_nrq.shape[2]
     x = jnp.swapaxes(x_nrq, 1, 2) if tall else x_nrq
     x = x.astype(jnp.float32)
-    norm = jnp.sqrt((x * x).sum(axis=(1, 2), keepdims=True))
-    x = x / (norm + EPSILON)
+    # by the largest entry first: squares of tiny gradients would vanish
+    x = x / (jnp.abs(x).max(axis=(1, 2), keepdims=True) + EPSILON)
+    x = x / (jnp.sqrt((x * x).sum(axis=(1, 2), keepdims=True)) + EPSILON)
 
     def dot(a: Array, b: Array, transposed: bool = False) -> Array:
         return lax.dot_general(
