@@ -62,7 +62,7 @@ class Precision:
         return Numerics("plain", self.dtype, "reference")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def straight_through(rounding: Callable[[Array], Array], x: Array) -> Array:
     """`rounding(x)`, with the gradient of `x` itself."""
     return rounding(x)
