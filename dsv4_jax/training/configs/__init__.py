@@ -1,0 +1,1 @@
+"""Runs, one per file: each defines `RUN`."""

@@ -1,0 +1,136 @@
+"""Mixture of experts of a training step: routing with all its losses' ingredients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.numerics import linear_f32
+from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.grouped import from_slots, grouped_linear, plan_rows, to_slots
+from dsv4_jax.training.precision import Precision, dense, round_activations
+from dsv4_jax.training.program import Program
+
+TINY = 1.1754944e-38  # the square root has no usable slope below
+
+
+class RouterTerms(NamedTuple):
+    """count_E: rows sent to every expert, int32, padding excluded. balance: the balance loss
+    summed over documents, each weighted by its number of tokens (0 in hash layers).
+    experts_UA: the choice itself, int32, ascending per token."""
+
+    count_E: Array
+    balance: Array
+    experts_UA: Array
+
+
+def moe(
+    w: dict[str, Any],
+    x_BTD: Array,
+    batch: Batch,
+    program: Program,
+    given_UA: Array | None = None,
+) -> tuple[Array, RouterTerms]:
+    """Routed and shared experts of one layer.
+
+    given_UA: expert indices to use instead of this layer's choice (anticipatory routing); their
+    weights still come from this layer's scores. Hash layers ignore it: their choice is fixed.
+    """
+    cfg, num = program.cfg, program.num
+    x_UD, real_U = x_BTD.reshape(-1, cfg.dim), (batch.segment_BT > 0).reshape(-1)
+    scores_UE = router_scores(x_UD, w["gate"]["weight"])
+    experts_UA = choose(w["gate"], scores_UE, batch.tokens_BT.reshape(-1), cfg, given_UA)
+    weights_UA = jnp.take_along_axis(scores_UE, experts_UA, axis=-1)
+    weights_UA = weights_UA / (weights_UA.sum(axis=-1, keepdims=True) + 1e-20) * cfg.routed_scale
+    plan = plan_rows(experts_UA, real_U, cfg.num_experts)
+    routed_UD = _routed(w["experts"], x_UD, weights_UA, plan, cfg, program.precision)
+    hidden_UF = _gated(
+        dense(x_UD, w["shared"]["w1"], program.precision),
+        dense(x_UD, w["shared"]["w3"], program.precision),
+        cfg,
+    )
+    shared_UD = dense(num.cast(hidden_UF), w["shared"]["w2"], program.precision)
+    out_UD = num.cast(routed_UD + shared_UD.astype(jnp.float32))
+    balance = jnp.zeros((), jnp.float32)
+    if "bias" in w["gate"]:
+        balance = balance_loss(scores_UE, batch, cfg)
+    terms = RouterTerms(plan.count_E, balance, experts_UA)
+    return out_UD.reshape(x_BTD.shape), terms
+
+
+def router_scores(x_UD: Array, weight_ED: Array) -> Array:
+    """sqrt(softplus(x · e)), float32; the floor keeps the gradient finite far below zero."""
+    return jnp.sqrt(jnp.maximum(jax.nn.softplus(linear_f32(x_UD, weight_ED)), TINY))
+
+
+def choose(
+    gate: dict[str, Array],
+    scores_UE: Array,
+    tokens_U: Array,
+    cfg: ModelConfig,
+    given_UA: Array | None,
+) -> Array:
+    """Experts of each token, ascending: by token id, given, or the best of score and bias."""
+    if "tid2eid" in gate:
+        experts_UA = gate["tid2eid"][tokens_U]
+    elif given_UA is not None:
+        experts_UA = given_UA.astype(jnp.int32)
+    else:
+        biased_UE = lax.stop_gradient(scores_UE) + lax.stop_gradient(gate["bias"])[None]
+        experts_UA = lax.top_k(biased_UE, cfg.experts_per_token)[1]
+    return checkpoint_name(jnp.sort(experts_UA, axis=-1), "decision")
+
+
+def _gated(gate: Array, up: Array, cfg: ModelConfig) -> Array:
+    """silu(clamped gate) · clamped up, float32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if cfg.swiglu_limit:
+        gate = jnp.minimum(gate, cfg.swiglu_limit)
+        up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
+    return jax.nn.silu(gate) * up
+
+
+def _routed(
+    w: dict[str, Array],
+    x_UD: Array,
+    weights_UA: Array,
+    plan: Any,
+    cfg: ModelConfig,
+    precision: Precision,
+) -> Array:
+    """Σ over each token's experts, in index order, float32 `[U, D]`."""
+    num = precision.num
+    tokens, per_token = weights_UA.shape
+    repeated = jnp.broadcast_to(x_UD[:, None], (tokens, per_token, cfg.dim))
+    x_SD = to_slots(repeated.reshape(-1, cfg.dim), plan)
+    weight_S1 = to_slots(weights_UA.reshape(-1, 1), plan)
+    x_SD = round_activations(x_SD, precision)
+    gate_SF = grouped_linear(x_SD, w["w1"], plan)
+    hidden_SF = _gated(gate_SF, grouped_linear(x_SD, w["w3"], plan), cfg) * weight_S1
+    out_SD = grouped_linear(round_activations(num.cast(hidden_SF), precision), w["w2"], plan)
+    return from_slots(out_SD, plan).reshape(tokens, per_token, -1).astype(jnp.float32).sum(axis=1)
+
+
+def balance_loss(scores_UE: Array, batch: Batch, cfg: ModelConfig) -> Array:
+    """Σ over documents of tokens · Σ_i f_i · P_i; divided by all tokens, 1 where balanced.
+
+    f counts the best-scored experts (without bias) and is a constant; P is the mean share of the
+    scores. Both are taken over a document's tokens in its row.
+    """
+    rows, length = batch.tokens_BT.shape
+    best_UA = lax.top_k(lax.stop_gradient(scores_UE), cfg.experts_per_token)[1]
+    chosen_UE = jax.nn.one_hot(best_UA, cfg.num_experts, dtype=jnp.int32).sum(axis=1)
+    # a row's documents get numbers of their own; integer sums have no order
+    row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * (length + 1)
+    document_U = (row_B1 + batch.segment_BT).reshape(-1)
+    chosen_UE = jnp.concatenate([chosen_UE, jnp.ones_like(chosen_UE[:, :1])], axis=1)
+    sums = jax.ops.segment_sum(chosen_UE, document_U, rows * (length + 1))[document_U]
+    f_UE = sums[:, :-1] / sums[:, -1:] * (cfg.num_experts / cfg.experts_per_token)
+    share_UE = scores_UE / scores_UE.sum(axis=-1, keepdims=True)
+    real_U1 = (batch.segment_BT > 0).reshape(-1, 1)
+    return (lax.stop_gradient(f_UE) * share_UE * real_U1).sum()

@@ -1,0 +1,140 @@
+"""The forward pass of training: whole packed rows, every loss's ingredients, no state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.mhc import HyperConnection, HyperHead, spread
+from dsv4_jax.model import is_scanned
+from dsv4_jax.norm import rms_norm
+from dsv4_jax.rope import frequencies, rotation
+from dsv4_jax.schedule import Group, LayerKind, layer_groups
+from dsv4_jax.training.attention import Layout, attention
+from dsv4_jax.training.batch import Batch, ahead
+from dsv4_jax.training.experts import RouterTerms, moe
+from dsv4_jax.training.index_loss import IndexTerms
+from dsv4_jax.training.precision import dense
+from dsv4_jax.training.program import Program
+from dsv4_jax.training.windows import find_windows
+
+Params = dict[str, Any]
+
+
+class LayerTerms(NamedTuple):
+    """What one layer reports beside its output."""
+
+    router: RouterTerms
+    index: IndexTerms
+
+
+class Hidden(NamedTuple):
+    """y_BTD: in front of the output head, normed. mtp_BTD: the same of the MTP block, whose row t
+    predicts token t + 2; None where it does not run.
+    terms: per group and pattern offset the layers' terms, stacked where the group repeats.
+    mtp_terms: of the MTP block."""
+
+    y_BTD: Array
+    mtp_BTD: Array | None
+    terms: list[list[LayerTerms]]
+    mtp_terms: LayerTerms | None
+
+
+def forward(program: Program, params: Params, batch: Batch, routes: Any = None) -> Hidden:
+    """Hidden states and terms of a packed batch.
+
+    routes: expert indices to use, shaped like `terms[g][i].router.experts_UA`; None: each layer
+    chooses. The MTP block always chooses for itself.
+    """
+    cfg, num = program.cfg, program.num
+    layout = _layout(cfg, batch)
+    x_BTD = num.cast(params["top"]["embed"][batch.tokens_BT])
+    h_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.dim))
+    terms = []
+    groups = layer_groups(cfg, is_scanned(cfg, params))
+    for g, (group, weights) in enumerate(zip(groups, params["groups"], strict=True)):
+        given = None if routes is None else routes[g]
+        h_BTMD, found = _run_group(program, group, weights, h_BTMD, layout, given)
+        terms.append(found)
+    top = params["top"]
+    y_BTD: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, h_BTMD)
+    y_BTD = rms_norm(y_BTD, top["norm"], cfg.norm_eps, num)
+    if not program.mtp:
+        return Hidden(y_BTD, None, terms, None)
+    mtp_BTD, mtp_terms = _mtp(program, params, h_BTMD, layout)
+    return Hidden(y_BTD, mtp_BTD, terms, mtp_terms)
+
+
+def _layout(cfg: ModelConfig, batch: Batch) -> Layout:
+    turns = [rotation(frequencies(cfg, kind), batch.position_BT) for kind in (False, True)]
+    ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
+    return Layout(batch, *turns, {ratio: find_windows(batch, ratio) for ratio in ratios})
+
+
+def _run_group(
+    program: Program,
+    group: Group,
+    weights: list[Params],
+    h_BTMD: Array,
+    layout: Layout,
+    routes: list[Array] | None,
+) -> tuple[Array, list[LayerTerms]]:
+    """All layers of a group; a repeated pattern is one scan."""
+    given: list[Array | None] = [None] * len(group.kinds) if routes is None else list(routes)
+
+    def pattern(h_BTMD: Array, xs: tuple[list[Params], list[Array | None]]):
+        terms = []
+        for kind, layer, route in zip(group.kinds, *xs, strict=True):
+            h_BTMD, found = block(program, kind, layer, h_BTMD, layout, route)
+            terms.append(found)
+        return h_BTMD, terms
+
+    if program.remat == "group":
+        policy = jax.checkpoint_policies.save_only_these_names("decision")
+        pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=group.repeats == 1)
+    if group.repeats == 1:
+        return pattern(h_BTMD, (weights, given))
+    return lax.scan(pattern, h_BTMD, (weights, given))
+
+
+def block(
+    program: Program,
+    kind: LayerKind,
+    w: Params,
+    h_BTMD: Array,
+    layout: Layout,
+    given_UA: Array | None = None,
+) -> tuple[Array, LayerTerms]:
+    """One layer: attention and MoE, each behind a norm and a hyper-connection."""
+    num, batch = program.num, layout.batch
+
+    def feed(hyper: str, norm: str, h_BTMD: Array):
+        module = HyperConnection(program.cfg)
+        return module.apply({"params": w[hyper]}, h_BTMD, w[norm], num, method="feed")
+
+    x_BTD, mix = feed("hc_attn", "attn_norm", h_BTMD)
+    a_BTD, index = attention(w["attn"], x_BTD, layout, kind.ratio, program)
+    h_BTMD = spread(a_BTD, h_BTMD, mix, num)
+    x_BTD, mix = feed("hc_ffn", "ffn_norm", h_BTMD)
+    f_BTD, router = moe(w["ffn"], x_BTD, batch, program, given_UA)
+    return spread(f_BTD, h_BTMD, mix, num), LayerTerms(router, index)
+
+
+def _mtp(
+    program: Program, params: Params, h_BTMD: Array, layout: Layout
+) -> tuple[Array, LayerTerms]:
+    """The MTP block: streams of token t and the embedding of token t + 1, at position t."""
+    cfg, num, w = program.cfg, program.num, params["mtp"][0]
+    next_BT = ahead(layout.batch.tokens_BT, 1)
+    e_BTD = rms_norm(num.cast(params["top"]["embed"][next_BT]), w["enorm"], cfg.norm_eps, num)
+    e_BTD = dense(e_BTD, w["e_proj"], program.precision)
+    s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
+    s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)
+    x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
+    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout)
+    y_BTD: Any = HyperHead(cfg, num).apply({"params": w["hc_head"]}, x_BTMD)
+    return rms_norm(y_BTD, w["norm"], cfg.norm_eps, num), terms

@@ -1,0 +1,277 @@
+"""The training loop: batches in, checkpoints and metrics out; resumes bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.checkpoint import Checkpoints
+from dsv4_jax.training.data.source import Prefetch, Rows
+from dsv4_jax.training.guard import Guard
+from dsv4_jax.training.init import init_params
+from dsv4_jax.training.metrics import Reporter
+from dsv4_jax.training.restore import MODEL_FILE, newest_params
+from dsv4_jax.training.run import RunConfig
+from dsv4_jax.training.schedules import Moment
+from dsv4_jax.training.step import DATA_AXIS, Knobs, TrainState, init_state, make_step, routing_pass
+
+
+class Trainer:
+    """One run in one directory.
+
+    Raises:
+        ValueError: the directory belongs to a run with another model or seed, or data or devices
+            do not fit the configuration.
+    """
+
+    def __init__(self, run: RunConfig, run_dir: str | Path, out: TextIO | None = None) -> None:
+        self.run, self.dir, self.plan = run, Path(run_dir), run.plan()
+        self.mesh = _mesh(run.devices)
+        self._check_batches()
+        self.rows = self._open_data()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        permanent = frozenset([*self.plan.borders(), self.plan.steps])
+        self.checkpoints = Checkpoints(self.dir, run.keep, permanent)
+        self.guard = Guard(run.guard)
+        self.pending: dict[int, Any] = {}  # step: experts chosen for it by earlier parameters
+        self.state, self.step = self._begin()
+        self.reporter = Reporter(self.dir, self.step, run.log_every, out)
+        self._prefetch, self._stopping = Prefetch(), False
+        self._steps = lru_cache(maxsize=None)(self._make_step)
+        self._routers = lru_cache(maxsize=None)(self._make_router)
+
+    def train(self, until: int | None = None) -> bool:
+        """Runs to step `until`, or the end; returns whether the run is complete.
+
+        SIGTERM (and the first Ctrl-C) saves after the current step and returns early.
+        """
+        last = self.plan.steps if until is None else min(until, self.plan.steps)
+        borders = set(self.plan.borders())
+        with self._signals():
+            while self.step < last and not self._stopping:
+                self._advance()
+                due = self.step % self.run.checkpoint_every == 0 or self.step in borders
+                if due or self.step == last or self._stopping:
+                    self._save()
+        self.checkpoints.wait()
+        if self._stopping:
+            self.reporter.say(f"stopped at step {self.step}; run the same command to go on")
+        return self.step == self.plan.steps
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.reporter.close()
+        self._prefetch.close()
+
+    def _advance(self) -> None:
+        """One step, from reading its batch to reporting it."""
+        started = time.perf_counter()
+        moment = self.plan.at(self.step)
+        self._route_ahead(moment)
+        batch = self._batch(moment, prefetch=True)
+        loss_limit, norm_limit = self.guard.limits()
+        rates = (moment.lr, moment.mtp, moment.balance, moment.index, moment.bias_speed)
+        knobs = Knobs(*(np.float32(x) for x in (*rates, loss_limit, norm_limit)))
+        step = self._steps(moment.stage.phase)
+        self.state, found = step(self.state, batch, knobs, self.pending.pop(self.step, None))
+        values = {k: float(v) for k, v in zip(found._fields, jax.device_get(found), strict=True)}
+        tokens = moment.stage.rows * moment.stage.phase.seq_len
+        line = {"step": self.step, "phase": moment.stage.phase.name, "tokens": moment.tokens}
+        line |= {"lr": moment.lr} | values
+        line["tokens_s"] = tokens / (time.perf_counter() - started)
+        self.reporter.step(line)
+        self.step += 1
+        if values["applied"]:
+            self.guard.record(values["loss"], _norm(values))
+        else:
+            self._spike(line)
+
+    def _spike(self, line: dict[str, Any]) -> None:
+        """Says that an update was left out and, if so configured, goes back."""
+        at, config = line["step"], self.run.guard
+        self.reporter.say(f"step {at} left out: loss {line['loss']:.4g}, norm {_norm(line):.4g}")
+        if config.policy != "rollback" or at < self.guard.ahead_until:
+            return
+        self.checkpoints.wait()
+        old = [step for step in self.checkpoints.steps() if step <= at - config.back]
+        if not old:
+            return
+        self._restore(old[-1])
+        self.guard.ahead_until = at + config.duration
+        self.reporter.rewind(self.step)
+        self.reporter.say(f"back to step {self.step}, choosing experts {config.ahead} steps early")
+
+    def _route_ahead(self, moment: Moment) -> None:
+        """Chooses experts for a coming batch with today's parameters, while that is wanted."""
+        ahead = moment.stage.phase.route_ahead
+        if self.step < self.guard.ahead_until:
+            ahead = self.run.guard.ahead
+        target = self.step + ahead
+        if not ahead or target >= moment.stage.first_step + moment.stage.steps:
+            return
+        batch = self._batch(self.plan.at(target))
+        self.pending[target] = self._routers(moment.stage.phase)(self.state.params, batch)
+
+    def _make_step(self, phase: Any) -> Any:
+        return make_step(self.run.program(phase), self.run.optimizer, phase.learn, self.mesh)
+
+    def _make_router(self, phase: Any) -> Any:
+        program = self.run.program(phase)
+        return jax.jit(lambda params, batch: routing_pass(program, params, batch))
+
+    def _batch(self, moment: Moment, prefetch: bool = False) -> Batch:
+        """The batch of a moment on its devices: `[microbatches, B, T]`."""
+        stage, hosts = moment.stage, jax.process_count()
+        rows = self.rows[stage.phase.data, stage.phase.seq_len]
+        where = (moment.first_row, stage.rows, jax.process_index(), hosts)
+        found = self._prefetch.get(rows, *where) if prefetch else rows.batch(*where)
+        micro = self.run.microbatches(stage.rows, self.run.devices)
+        fields = found.reshape(4, micro, -1, stage.phase.seq_len)
+        if self.mesh is None:
+            return Batch(*map(jnp.asarray, fields))
+        spec = NamedSharding(self.mesh, PartitionSpec(None, DATA_AXIS))
+        return Batch(*(jax.make_array_from_process_local_data(spec, f) for f in fields))
+
+    def _begin(self) -> tuple[TrainState, int]:
+        """The newest checkpoint's state, or a new one."""
+        step = self.checkpoints.latest()
+        if step is not None:
+            self.state = self._like()
+            self._restore(step)
+            return self.state, self.step
+        (self.dir / MODEL_FILE).write_text(json.dumps(self.run.model.to_hf(), indent=2))
+        (self.dir / "run.txt").write_text(f"{self.run!r}\n")
+        if self.run.start_from:
+            params = newest_params(self.run.start_from, self.run.model, self.run.scan)
+        else:
+            key = jax.random.key(self.run.seed)
+            params = init_params(self.run.model, self.run.init, key, self.run.scan)
+        return self._placed(init_state(self._first_program(), self.run.optimizer, params)), 0
+
+    def _first_program(self) -> Any:
+        return self.run.program(self.run.phases[0])
+
+    def _like(self) -> TrainState:
+        """Shapes of the state where it lies."""
+
+        def make() -> TrainState:
+            key = jax.random.key(0)
+            params = init_params(self.run.model, self.run.init, key, self.run.scan)
+            return init_state(self._first_program(), self.run.optimizer, params)
+
+        shapes = jax.eval_shape(make)
+        spec = NamedSharding(self.mesh, PartitionSpec()) if self.mesh is not None else None
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec or device), shapes
+        )
+
+    def _placed(self, state: TrainState) -> TrainState:
+        if self.mesh is None:
+            return state
+        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _save(self) -> None:
+        meta = {
+            "step": self.step,
+            "guard": self.guard.state(),
+            "pending": sorted(self.pending),
+            "identity": identity(self.run),
+            "scan": self.run.scan,
+            "versions": {"jax": jax.__version__},
+        }
+        routes = {str(step): found for step, found in self.pending.items()}
+        self.checkpoints.save(self.step, self.state, meta, routes)
+
+    def _restore(self, step: int) -> None:
+        state, meta = self.checkpoints.restore(step, self.state)
+        if meta["identity"] != identity(self.run):
+            raise ValueError(
+                f"{self.dir} belongs to a run with another model, seed or optimizer: choose "
+                "another --run-dir"
+            )
+        self.state, self.step, self.pending = state, meta["step"], {}
+        self.guard.restore(meta["guard"])
+        if meta["pending"]:
+            self.pending = self._restore_routes(step, meta["pending"])
+
+    def _restore_routes(self, step: int, wanted: list[int]) -> dict[int, Any]:
+        moment = self.plan.at(step)
+        program = self.run.program(moment.stage.phase)
+        batch = self._batch(moment)
+        like = jax.eval_shape(lambda p, b: routing_pass(program, p, b), self.state.params, batch)
+        found = self.checkpoints.restore_routes(step, {str(s): like for s in wanted})
+        return {s: found[str(s)] for s in wanted}
+
+    def _open_data(self) -> dict[tuple[str, int], Rows]:
+        wanted = {(p.data, p.seq_len) for p in self.run.phases}
+        vocab = self.run.model.vocab_size
+        return {
+            (name, length): Rows(self.run.data[name], length, self.run.seed, vocab)
+            for name, length in sorted(wanted)
+        }
+
+    def _check_batches(self) -> None:
+        for stage in self.plan.stages:
+            self.run.microbatches(stage.rows, self.run.devices)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, _frame: Any) -> None:
+            if number == signal.SIGINT and self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+
+        try:
+            old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: whoever runs us handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def identity(run: RunConfig) -> str:
+    """What must not change between a checkpoint and its continuation, as a checksum."""
+    parts = (run.model, run.optimizer, run.seed, run.scan)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _norm(values: dict[str, Any]) -> float:
+    return float(np.hypot(values["grad_norm"], values["index_norm"]))
+
+
+def _mesh(devices: int) -> Mesh | None:
+    """A mesh of this many devices, or None for one.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if devices < 2:
+        return None
+    if len(jax.devices()) < devices:
+        raise ValueError(f"devices={devices} but only {len(jax.devices())} are there")
+    return jax.make_mesh(
+        (devices,),
+        (DATA_AXIS,),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+
+

@@ -1,0 +1,127 @@
+"""The optimizer of a phase: Muon and AdamW by partition, clipping, decay, and what is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.training.leaves import Place, map_places
+from dsv4_jax.training.muon import scale_by_muon
+from dsv4_jax.training.partition import view, views
+
+LEARN = ("trunk", "indexer", "all")
+MATRICES = ("muon", "adamw")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyper-parameters that do not change during a run; defaults are the published ones.
+
+    matrices: "muon", or "adamw" to let AdamW move every leaf (for comparisons).
+    decay: decoupled weight decay of every learning leaf. clip: bound of the gradient's global norm,
+    separately for indexers and everything else; 0: none. ns_dtype: operands of Newton–Schulz.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    matrices: str = "muon"
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-20
+    decay: float = 0.1
+    clip: float = 1.0
+    ns_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.matrices not in MATRICES:
+            raise ValueError(f"optimizer.matrices={self.matrices!r} must be one of {MATRICES}")
+        for name in ("momentum", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("decay", "clip", "eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+
+
+def make_optimizer(
+    opt: OptimizerConfig, cfg: ModelConfig, params: Any, learn: str = "all"
+) -> optax.GradientTransformation:
+    """Directions, decay included, to be multiplied by -η.
+
+    The state has one structure whatever learns: what is frozen keeps its slots untouched.
+
+    learn: "all", "trunk" (everything but indexers) or "indexer".
+
+    Raises:
+        ValueError: `learn` is none of these.
+    """
+    if learn not in LEARN:
+        raise ValueError(f"learn={learn!r} must be one of {LEARN}")
+    decay = optax.add_decayed_weights(opt.decay)
+    muon = scale_by_muon(views(cfg, params), opt.momentum, dtype=jnp.dtype(opt.ns_dtype))
+    adam = optax.scale_by_adam(opt.b1, opt.b2, opt.eps)
+    rules = {"muon": optax.chain(muon, decay), "adamw": optax.chain(adam, decay)}
+    transforms: dict[Any, Any] = {"none": optax.set_to_zero()}
+    for side in ("trunk", "indexer"):
+        for name, rule in rules.items():
+            transforms[f"{side} {name}"] = rule if learn in ("all", side) else frozen(rule)
+
+    def label(place: Place, _: Array) -> str:
+        group = view(place, cfg).group
+        if group == "none":
+            return group
+        side = "indexer" if place.is_index else "trunk"
+        return f"{side} {group if opt.matrices == 'muon' else 'adamw'}"
+
+    return optax.partition(transforms, map_places(label, cfg, params))
+
+
+def frozen(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The rule with its state, moving nothing."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    return optax.GradientTransformation(rule.init, update)  # type: ignore[arg-type]
+
+
+class Norms(NamedTuple):
+    """Global norms of the gradient before clipping."""
+
+    trunk: Array
+    indexer: Array
+
+
+def clip(
+    grads: Any, cfg: ModelConfig, bound: float, learn: str
+) -> tuple[Any, Norms]:
+    """Scales the indexers' and the other gradients down to norm `bound` each; 0: only measures."""
+
+    def side_of(place: Place, _: Array) -> str:
+        return "indexer" if place.is_index else "trunk"
+
+    sides = jax.tree.leaves(map_places(side_of, cfg, grads))
+    leaves, treedef = jax.tree.flatten(grads)
+    norms, scales = {}, {}
+    for side in ("trunk", "indexer"):
+        squares = [
+            jnp.sum(jnp.square(g))
+            for g, s in zip(leaves, sides, strict=True)
+            if s == side and learn in ("all", side) and jnp.issubdtype(g.dtype, jnp.floating)
+        ]
+        norms[side] = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+        scales[side] = jnp.minimum(1.0, bound / jnp.maximum(norms[side], 1e-30)) if bound else 1.0
+    clipped = [
+        g * scales[s] if jnp.issubdtype(g.dtype, jnp.floating) else g
+        for g, s in zip(leaves, sides, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, clipped), Norms(norms["trunk"], norms["indexer"])

@@ -1,0 +1,48 @@
+"""What a training program computes: the static choices that a phase makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.training.precision import Precision
+
+REMAT = ("none", "group")
+ROUTES = ("live", "given")
+
+
+@dataclass(frozen=True)
+class Program:
+    """Static arguments of the training forward pass; hashable.
+
+    sparse: CSA layers attend to what their indexer selects; else to every visible compressed row.
+    index_loss: indexers learn (and run, even where nothing is selected).
+    index_only: nothing but indexers learns; other losses are not computed.
+    mtp: the MTP block runs and learns.
+    remat: "group": the backward pass recomputes each layer group from its input; "none": it keeps
+        everything.
+
+    Raises:
+        ValueError: an unknown choice, or choices that contradict each other.
+    """
+
+    cfg: ModelConfig
+    precision: Precision = Precision()
+    sparse: bool = True
+    index_loss: bool = True
+    index_only: bool = False
+    mtp: bool = True
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} must be one of {REMAT}")
+        if self.index_only and not self.index_loss:
+            raise ValueError("index_only needs index_loss: nothing would learn")
+        if self.mtp and not self.cfg.num_mtp_layers:
+            raise ValueError("mtp needs a model with an MTP block (num_mtp_layers is 0)")
+
+    @property
+    def num(self) -> Numerics:
+        return self.precision.num

@@ -1,0 +1,222 @@
+"""One optimizer step: gradients over microbatches and devices, update, biases, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from dsv4_jax.training.balance import load_ratio, move_biases
+from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.losses import Aux, Weights, count, objective
+from dsv4_jax.training.optimizer import OptimizerConfig, clip, make_optimizer
+from dsv4_jax.training.precision import round_weights
+from dsv4_jax.training.program import Program
+
+DATA_AXIS = "data"
+
+
+@struct.dataclass
+class TrainState:
+    """Master parameters (float32, grouped) and the optimizer's slots."""
+
+    params: Any
+    opt_state: Any
+
+
+class Knobs(NamedTuple):
+    """What a schedule decides anew in each step: float32 scalars.
+
+    loss_limit, norm_limit: a step beyond them (or not finite) changes nothing.
+    """
+
+    lr: Array
+    mtp: Array
+    balance: Array
+    index: Array
+    bias_speed: Array
+    loss_limit: Array
+    norm_limit: Array
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step; losses as in `losses.Metrics`.
+
+    captured: 1 − KL / KL of equal shares. recall: share of the rows with most attention that the
+    indexers keep too. load: busiest expert over mean, worst layer. bias: largest router bias.
+    update_rms: root mean square of the Muon directions. applied: 1, or 0 if the step was skipped.
+    """
+
+    loss: Array
+    mtp: Array
+    balance: Array
+    index: Array
+    captured: Array
+    recall: Array
+    grad_norm: Array
+    index_norm: Array
+    load: Array
+    bias: Array
+    update_rms: Array
+    applied: Array
+
+
+def init_state(program: Program, opt: OptimizerConfig, params: Any) -> TrainState:
+    """A fresh optimizer for these parameters."""
+    return TrainState(params, make_optimizer(opt, program.cfg, params).init(params))
+
+
+def gradients(
+    program: Program, weights: Weights, params: Any, batch: Batch, routes: Any = None
+) -> tuple[Any, Aux]:
+    """Gradient of the objective of a whole batch `[microbatches, B, T]`, and its metrics.
+
+    Losses are divided by counts of the whole batch, so that any cut into microbatches or devices
+    gives the same sum. Routing state gets zeros.
+    """
+    counts = jax.tree.map(lambda a: a.sum(), jax.vmap(count)(batch))
+    return _accumulate(program, weights, counts, params, batch, routes)
+
+
+def _accumulate(
+    program: Program, weights: Weights, counts: Any, params: Any, batch: Batch, routes: Any
+) -> tuple[Any, Aux]:
+    leaves, treedef = jax.tree.flatten(params)
+    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def loss(floats: list[Array], micro: Batch, route: Any) -> tuple[Array, Aux]:
+        rest = iter(floats)
+        full = [next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
+        tree = round_weights(jax.tree.unflatten(treedef, full), program.cfg, program.precision)
+        return objective(program, weights, counts, tree, micro, route)
+
+    floats = [leaf for m, leaf in zip(moves, leaves, strict=True) if m]
+    grad = jax.grad(loss, has_aux=True)
+
+    def body(total: Any, xs: tuple[Batch, Any]):
+        found, aux = grad(floats, *xs)
+        kept = aux._replace(routes=None)
+        return jax.tree.map(jnp.add, total, (found, kept)), aux.routes
+
+    first = jax.tree.map(lambda a: a[0], (batch, routes))
+    shapes = jax.eval_shape(grad, floats, *first)
+    empty = (shapes[0], shapes[1]._replace(routes=None))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
+    total, chosen = lax.scan(body, zeros, (batch, routes))
+    found, aux = total
+    rest = iter(found)
+    grads = [next(rest) if m else jnp.zeros_like(leaf) for m, leaf in zip(moves, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, grads), aux._replace(routes=chosen)
+
+
+def sharded_gradients(
+    mesh: Mesh, program: Program, weights: Weights, params: Any, batch: Batch, routes: Any = None
+) -> tuple[Any, Aux]:
+    """`gradients` with rows divided among the devices of `mesh` and parameters on each of them."""
+    counts = jax.tree.map(lambda a: a.sum(), jax.vmap(count)(batch))
+    rows, whole = PartitionSpec(None, DATA_AXIS), PartitionSpec()
+
+    def local(params: Any, weights: Weights, counts: Any, batch: Batch, routes: Any):
+        grads, aux = _accumulate(program, weights, counts, params, batch, routes)
+        summed = lax.psum((grads, aux.metrics, aux.loads), DATA_AXIS)
+        return summed, aux.routes
+
+    def route_spec(a: Array) -> PartitionSpec:
+        """Tokens are the last dimension but one."""
+        return PartitionSpec(*[None] * (a.ndim - 2), DATA_AXIS)
+
+    given = None if routes is None else jax.tree.map(route_spec, routes)
+    shapes = jax.eval_shape(partial(gradients, program, weights), params, batch, routes)
+    chosen = jax.tree.map(route_spec, shapes[1].routes)
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, rows, given),
+        out_specs=(whole, chosen),
+        check_vma=False,
+    )
+    (grads, metrics, loads), chosen = run(params, weights, counts, batch, routes)
+    return grads, Aux(metrics, loads, chosen)
+
+
+def make_step(
+    program: Program, opt: OptimizerConfig, learn: str, mesh: Mesh | None = None
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted step (state, batch, knobs, routes=None) → (state, metrics); donates the state.
+
+    The batch is `[microbatches, B, T]`; on a mesh B divides by its size.
+    """
+    find = partial(sharded_gradients, mesh) if mesh is not None else gradients
+
+    def step(
+        state: TrainState, batch: Batch, knobs: Knobs, routes: Any = None
+    ) -> tuple[TrainState, StepMetrics]:
+        cfg, params = program.cfg, state.params
+        weights = Weights(knobs.mtp, knobs.balance, knobs.index)
+        grads, aux = find(program, weights, params, batch, routes)
+        grads, norms = clip(grads, cfg, opt.clip, learn)
+        rule = make_optimizer(opt, cfg, params, learn)
+        updates, opt_state = rule.update(grads, state.opt_state, params)
+        moved = jax.tree.map(lambda p, u: (p - knobs.lr * u).astype(p.dtype), params, updates)
+        if learn != "indexer":
+            moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
+        norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
+        m = aux.metrics
+        fine = jnp.isfinite(m.loss + m.mtp + m.index + norm)
+        fine &= (m.loss <= knobs.loss_limit) & (norm <= knobs.norm_limit)
+        new = TrainState(moved, opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
+        return new, _report(aux, norms, new.params, updates, params, opt, fine)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _report(
+    aux: Aux, norms: Any, params: Any, updates: Any, old: Any, opt: OptimizerConfig, fine: Array
+) -> StepMetrics:
+    m = aux.metrics
+    return StepMetrics(
+        m.loss,
+        m.mtp,
+        m.balance,
+        m.index,
+        1 - m.index / jnp.maximum(m.index_uniform, 1e-9),
+        m.hits / jnp.maximum(m.wanted, 1.0),
+        norms.trunk,
+        norms.indexer,
+        load_ratio(aux.loads),
+        _largest_bias(params),
+        _update_rms(updates, old, opt),
+        fine.astype(jnp.float32),
+    )
+
+
+def _largest_bias(params: Any) -> Array:
+    layers = [layer for group in params["groups"] for layer in group] + params["mtp"]
+    found = [jnp.abs(w["ffn"]["gate"]["bias"]).max() for w in layers if "bias" in w["ffn"]["gate"]]
+    return jnp.stack([jnp.zeros(()), *found]).max()
+
+
+def _update_rms(updates: Any, params: Any, opt: OptimizerConfig) -> Array:
+    """Of one matrix of every run, before decay: the first layer's query projection."""
+    u, p = (tree["groups"][0][0]["attn"]["wq_a"] for tree in (updates, params))
+    return jnp.sqrt(jnp.mean(jnp.square(u - opt.decay * p)))
+
+
+def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
+    """The experts that today's parameters choose for a batch `[microbatches, B, T]`."""
+    from dsv4_jax.training.forward import forward
+
+    def one(micro: Batch) -> Any:
+        terms = forward(program, params, micro).terms
+        return [[t.router.experts_UA for t in group] for group in terms]
+
+    return lax.map(one, batch)
+
+

@@ -1,0 +1,43 @@
+"""Loss and gradients per CPU-second on one core, beside transformers in the same run.
+
+python scripts/bench_train.py --peer PYTHON [--batch 2] [--length 512]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "data" / "bench_config.json"
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """What a child process prints last."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    ap = argparse.ArgumentParser(prog="bench_train.py", description=__doc__.split("\n")[0])
+    ap.add_argument("--config", default=str(CONFIG), metavar="FILE", help="config.json to measure")
+    ap.add_argument("--batch", type=int, default=2, metavar="B")
+    ap.add_argument("--length", type=int, default=512, metavar="N")
+    ap.add_argument("--peer", metavar="PYTHON", help="has torch and transformers")
+    args = ap.parse_args(argv)
+    case = [args.config, str(args.batch), str(args.length)]
+    found = {"ours": measure([sys.executable, "-m", "dsv4_jax.training.bench", *case])}
+    if args.peer:
+        peer = str(ROOT / "dsv4_jax" / "training" / "bench_peer.py")
+        found["transformers"] = measure([args.peer, peer, *case])
+        ratio = found["ours"]["tokens_per_cpu_s"] / found["transformers"]["tokens_per_cpu_s"]
+        found["ratio"] = {"tokens_per_cpu_s": ratio}
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

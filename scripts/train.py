@@ -1,0 +1,60 @@
+"""Trains a model, or goes on where a run stopped.
+
+python scripts/train.py --config tiny --run-dir runs/tiny data.train=runs/tiny-data
+python scripts/train.py --config my_run.py --run-dir runs/mine schedule.lr=1e-3 seed=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parser() -> argparse.ArgumentParser:
+    ap = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    ap.add_argument("--config", required=True, metavar="NAME|FILE", help="see training/configs")
+    ap.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the run>")
+    ap.add_argument("--until", type=int, metavar="STEP", help="stop there; default: the end")
+    ap.add_argument("--show", action="store_true", help="print the plan and stop")
+    ap.add_argument("changes", nargs="*", metavar="key=value", help="e.g. schedule.lr=1e-3")
+    return ap
+
+
+def show(run) -> None:
+    """Prints the stages of a run."""
+    from dsv4_jax.params import count_params
+
+    plan, count = run.plan(), count_params(run.model)
+    print(f"{run.name}: {count.total:,} parameters, {count.active:,} active")
+    for stage in plan.stages:
+        phase = stage.phase
+        print(
+            f"from step {stage.first_step:>7}: {phase.name}, {stage.steps} steps of {stage.rows} × "
+            f"{phase.seq_len} tokens, {phase.attention}, learns {phase.learn}"
+        )
+    print(f"{plan.steps:,} steps, {plan.tokens:,} tokens")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from dsv4_jax.training.run import load_run
+
+    try:
+        run = load_run(args.config, args.changes)
+        if args.show:
+            show(run)
+            return 0
+        from dsv4_jax.training.loop import Trainer
+
+        trainer = Trainer(run, args.run_dir or f"runs/{run.name}")
+        complete = trainer.train(args.until)
+        trainer.close()
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    print("complete" if complete else f"at step {trainer.step} of {trainer.plan.steps}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

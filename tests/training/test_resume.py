@@ -1,0 +1,102 @@
+"""A run that was killed and resumed equals one that was not: every leaf and metric, bit for bit."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsv4_jax.training.loop import Trainer
+from dsv4_jax.training.run import load_run
+from tests.training.runs import EVERY_BORDER, SPARSE_ONLY, lines_of, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def final_state(path: Path, run_dir: Path):
+    trainer = Trainer(load_run(str(path), []), run_dir, out=io.StringIO())
+    try:
+        assert trainer.step == trainer.plan.steps
+        return jax.tree.map(np.asarray, trainer.state)
+    finally:
+        trainer.close()
+
+
+def assert_same(a, b):
+    flat = jax.tree_util.tree_leaves_with_path(a)
+    for (path, x), y in zip(flat, jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_resumes_within_a_phase(tmp_path):
+    path = write_config(tmp_path, SPARSE_ONLY)
+    quiet = io.StringIO()
+    run = load_run(str(path), [])
+    straight = Trainer(run, tmp_path / "straight", quiet)
+    assert straight.train()
+    stopped = Trainer(run, tmp_path / "stopped", quiet)
+    stopped._steps = straight._steps  # the same compiled program
+    assert not stopped.train(until=4)
+    assert not stopped.train(until=5)
+    stopped.close()
+    resumed = Trainer(run, tmp_path / "stopped", quiet)
+    resumed._steps = straight._steps
+    assert resumed.step == 5 and resumed.train()
+    assert_same(straight.state, resumed.state)
+    assert lines_of(tmp_path / "straight") == lines_of(tmp_path / "stopped")
+    losses = [line["loss"] for line in lines_of(tmp_path / "straight")]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="another model, seed or optimizer"):
+        Trainer(load_run(str(path), ["seed=5"]), tmp_path / "stopped", quiet)
+    for trainer in (straight, resumed):
+        trainer.close()
+
+
+def start(path: Path, run_dir: Path, cache: Path, devices: int) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    args = [sys.executable, "scripts/train.py", "--config", str(path), "--run-dir", str(run_dir)]
+    return subprocess.Popen(
+        args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_killed_at_every_border(devices, tmp_path):
+    """SIGKILL shortly in front of, at, and behind each border; SIGTERM once."""
+    path = write_config(tmp_path, EVERY_BORDER, devices)
+    cache = tmp_path / "cache"
+    finish(start(path, tmp_path / "straight", cache, devices))
+    kills = [2, 4, 9, 13, 17, 21, 24, 27]
+    for number, step in enumerate(kills):
+        process = start(path, tmp_path / "killed", cache, devices)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.split()[:1] == [str(step)]:
+                break
+        process.send_signal(signal.SIGTERM if number == 4 else signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == (0 if number == 4 else -signal.SIGKILL)
+    finish(start(path, tmp_path / "killed", cache, devices))
+    assert lines_of(tmp_path / "straight") == lines_of(tmp_path / "killed")
+    assert_same(
+        final_state(path, tmp_path / "straight"), final_state(path, tmp_path / "killed")
+    )
