@@ -74,8 +74,8 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """One result per case and chip, as soon as its operation is compiled for the chip.
 
-    Raises:
-        ValueError: unknown operation or chip, or libtpu is missing.
+    Raises, before anything is compiled:
+        ValueError: unknown operation or chip, no such case, or libtpu is missing.
     """
     if reason := aot.skip_reason():
         raise ValueError(reason)
@@ -83,11 +83,17 @@ def rows(
         if chip not in aot.CHIPS:
             raise ValueError(f"{chip!r} is no chip; there are {', '.join(aot.CHIPS)}")
     cases = {op: select(ops, op, pattern) for op in wanted}
-    for op, names in cases.items():
-        for chip in chips:
-            target = f"{ops[op].module}:build"
-            for report in aot.compile_isolated(target, names, [chip], timeout_s) if names else ():
-                yield _row(op, report, ops[op].unavoidable)
+    if not any(cases.values()):
+        raise ValueError(f"no case of {', '.join(wanted)} is named like {pattern!r}")
+
+    def compiled() -> Iterator[dict[str, Any]]:
+        for op, names in cases.items():
+            for chip in chips if names else ():
+                target = f"{ops[op].module}:build"
+                for report in aot.compile_isolated(target, names, [chip], timeout_s):
+                    yield _row(op, report, ops[op].unavoidable)
+
+    return compiled()
 
 
 def _row(op: str, report: aot.Report, unavoidable: Callable[[str], int]) -> dict[str, Any]:

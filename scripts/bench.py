@@ -142,9 +142,10 @@ def bench_kernels(args: argparse.Namespace) -> None:
     from pallas_kernels import aot, bench
 
     ops = bench.OPS | {"step": bench.Op("dsv4_jax.bench.step")}
+    rows = bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case)
     if not args.json:
         print(bench.HEADER, flush=True)
-    for row in bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case):
+    for row in rows:
         print(json.dumps(row) if args.json else bench.line(row), flush=True)
 
 
