@@ -3,6 +3,7 @@
 python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
 python scripts/bench.py serve                  load on the demo server; --url: on any server
+python scripts/bench.py turns                  second turn of a long chat beside the first
 python scripts/bench.py engine                 the engine beside a bare decode loop
 python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_engine, add_kernels):
+    for add in (add_serve, add_turns, add_engine, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
 
@@ -61,6 +62,16 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     serve.add_argument("--max-tokens", type=int, default=64, metavar="N", help="default 64")
     serve.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and arrivals")
     return serve
+
+
+def add_turns(commands: Any) -> argparse.ArgumentParser:
+    text = "time to the first token in the second turn of a long chat, beside the first turn"
+    turns = commands.add_parser("turns", help=text, description=text)
+    turns.add_argument("--url", help="of the server; default: starts the demo")
+    turns.add_argument("--api-key", metavar="K")
+    turns.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the first prompt")
+    turns.add_argument("--repeats", type=int, default=5, metavar="N", help="chats")
+    return turns
 
 
 def add_engine(commands: Any) -> argparse.ArgumentParser:
@@ -122,6 +133,20 @@ def bench_serve(args: argparse.Namespace) -> None:
             run(url)
 
 
+def bench_turns(args: argparse.Namespace) -> None:
+    from dsv4_jax.bench import serve, turns
+
+    def run(url: str) -> None:
+        figures = turns.measure(url, args.tokens, args.repeats, args.api_key)
+        print(json.dumps(figures) if args.json else turns.line(figures), flush=True)
+
+    if args.url:
+        run(args.url)
+    else:
+        with serve.demo_server() as url:
+            run(url)
+
+
 def bench_engine(args: argparse.Namespace) -> None:
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.numerics import Numerics
@@ -152,6 +177,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
 COMMANDS = {
     "model": bench_model,
     "serve": bench_serve,
+    "turns": bench_turns,
     "engine": bench_engine,
     "kernels": bench_kernels,
 }

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from dsv4_jax import presets
-from dsv4_jax.bench import serve
+from dsv4_jax.bench import serve, turns
 from dsv4_jax.bench.serve import Answer, Load
 from scripts import bench
 from tests.serving.fakes import FakeModel, chat_answer, make_service
@@ -70,6 +70,30 @@ def test_what_is_wrong_is_said(flags, capsys):
 def test_a_server_that_is_not_there():
     load = Load("http://127.0.0.1:1", requests=2)
     assert serve.summary(load, *serve.run(load))["outcomes"] == {"ConnectionRefusedError": 2}
+
+
+def test_two_turns_on_a_server():
+    model = FakeModel(chat_answer("hello"))
+    model.cached_tokens = 128
+    with serving(make_service(model)) as url:
+        figures = turns.measure(url, tokens=500, repeats=2)
+        with pytest.raises(ValueError, match="status 400"):
+            turns.measure(url, tokens=99_999, repeats=1)
+    with pytest.raises(ValueError, match="repeats=0"):
+        turns.measure(url, tokens=500, repeats=0)
+    assert figures["ratio"] > 0 and 500 <= figures["prompt_tokens"] < 600
+    second = model.prompts[1]
+    assert second[:500] == model.prompts[0][:500], "the chat goes on"
+    assert figures["cached_share"] == pytest.approx(128 / len(second), rel=0.05)
+    assert "in the second turn after" in turns.line(figures)
+
+
+@pytest.mark.slow
+def test_the_second_turn_of_a_long_chat_is_cached(capsys):
+    """Nearly nothing of its prompt is computed again; how fast that is, is printed."""
+    assert bench.main(["turns", "--tokens", "4096", "--repeats", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["prompt_tokens"] >= 4096 and figures["cached_share"] > 0.95
 
 
 @pytest.mark.slow
