@@ -78,9 +78,10 @@ def stack_layers(groups: Sequence[Group], load: Callable[[int], Any]) -> list[li
 
 def _stack(layers: range, load: Callable[[int], Any]) -> Any:
     def empty(a: jax.Array) -> jax.Array:
-        where, placed = None if isinstance(a, jax.core.Tracer) else a.sharding, None
-        if isinstance(where, NamedSharding):
-            placed = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+        is_real = isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
+        placed = None
+        if is_real and isinstance(a.sharding, NamedSharding):
+            placed = NamedSharding(a.sharding.mesh, PartitionSpec(None, *a.sharding.spec))
         return jnp.zeros((len(layers), *a.shape), a.dtype, device=placed)
 
     first = load(layers[0])
