@@ -147,7 +147,8 @@ class Case:
 
 def in_order(cache: Cache, shards: Shards) -> Cache:
     """The cache as one device has it: compressed rows in order, without room added for shards."""
-    count = shards.count("context")
+    if (count := shards.count("context")) == 1:
+        return cache
 
     def rows(a: Any) -> np.ndarray:
         blocks = np.asarray(a).reshape(*a.shape[:2], count, -1, shards.row_block, a.shape[3])
