@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from dsv4_jax import cache as store
 from dsv4_jax import context
@@ -107,8 +107,7 @@ def _shared_choice(
 
     Each shard's candidates come from the kernel and are scored once more to be compared.
     """
-    batch, fresh = visible_BT.shape
-    place, size = chunk.place(index), store.num_rows(keys)
+    (batch, fresh), size = visible_BT.shape, store.num_rows(keys)
     keep = min(cfg.index_topk, size)
     chosen = index_topk.select_rows(
         query.q_BTIJ,
@@ -121,7 +120,10 @@ def _shared_choice(
         implementation=num.kernels,  # type: ignore[arg-type]
     )
     rows_BTK = chosen.rows_BTK
-    keys_BTKJ = store.gather_rows(keys, place, rows_BTK, num.jnp_dtype)
+    # one layer first: XLA would turn the whole stack to read its entries as rows
+    layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index), keys)
+    place = chunk.place(jnp.int32(0))
+    keys_BTKJ = store.gather_rows(layer, place, rows_BTK, num.jnp_dtype)
     alone = IndexQuery(*(a.reshape(batch * fresh, 1, *a.shape[2:]) for a in query))
     scores = score_tile(alone, keys_BTKJ.reshape(batch * fresh, *keys_BTKJ.shape[2:]), num)[:, 0]
     is_real = jnp.arange(keep)[None] < chosen.count_BT.reshape(-1, 1)

@@ -48,13 +48,13 @@ def init_params(cfg: ModelConfig, key: Array, scan: bool = True) -> Params:
     return group_params(cfg, lambda unit: init_tree(keys[unit], cfg, units[unit]), scan)
 
 
-def group_params(cfg: ModelConfig, load: Any, scan: bool = True, place: Any = None) -> Params:
+def group_params(cfg: ModelConfig, load: Any, scan: bool = True) -> Params:
     """Grouped parameters from `load(unit)`, which gives one unit's tree (see `params`)."""
     names = list(unit_specs(cfg))
     layers = [name for name in names if name.startswith("layer_")]
     return {
         "top": load("top"),
-        "groups": stack_layers(layer_groups(cfg, scan), lambda i: load(layers[i]), place),
+        "groups": stack_layers(layer_groups(cfg, scan), lambda i: load(layers[i])),
         "mtp": [load(name) for name in names if name.startswith("mtp_")],
     }
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.dims import DIMS
-from dsv4_jax.params import ParamSpec, block_specs, is_spec, mtp_specs, top_specs
+from dsv4_jax.params import ParamSpec, block_specs, is_spec, mtp_specs, top_specs, unit_specs
 from dsv4_jax.quant import FP4_BLOCK, WEIGHT_BLOCK, QuantizedArray
 from dsv4_jax.schedule import layer_groups
 from sharding.shards import Shards
@@ -71,6 +71,15 @@ def param_specs(cfg: ModelConfig, shards: Shards, scan: bool = True) -> Tree:
         groups.append(layers)
     mtp = [_placed(mtp_specs(cfg), cfg, shards, f"mtp_{n}") for n in range(cfg.num_mtp_layers)]
     return {"top": _placed(top_specs(cfg), cfg, shards, "top"), "groups": groups, "mtp": mtp}
+
+
+def unit_placement(cfg: ModelConfig, unit: str, shards: Shards) -> Tree:
+    """PartitionSpecs of one unit ("top", "layer_00", …) as checkpoints store it.
+
+    Raises:
+        ValueError: a dimension does not divide.
+    """
+    return _placed(unit_specs(cfg)[unit], cfg, shards, unit)
 
 
 def gather_stored(cfg: ModelConfig, specs: Tree, values: Tree, shards: Shards) -> Tree:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.config import ModelConfig
 
@@ -61,29 +62,30 @@ def layer_groups(cfg: ModelConfig, scan: bool = True) -> tuple[Group, ...]:
     return tuple(found)
 
 
-def stack_layers(
-    groups: Sequence[Group], load: Callable[[int], Any], place: Callable[[Any], Any] | None = None
-) -> list[list[Any]]:
+def stack_layers(groups: Sequence[Group], load: Callable[[int], Any]) -> list[list[Any]]:
     """Parameters per group and pattern offset; repeated layers are stacked on a new first axis.
 
     `load(layer)` gives one layer's tree. A stack is filled in place, one layer at a time, so that
-    no layer is held twice. `place` turns the abstract stack into a zero-filled one (for sharding).
+    no layer is held twice. It is spread over devices as its first layer is.
     """
     return [
-        [_stack(group.layers(offset), load, place) for offset in range(len(group.kinds))]
+        [_stack(group.layers(offset), load) for offset in range(len(group.kinds))]
         if group.repeats > 1
         else [load(group.start + offset) for offset in range(len(group.kinds))]
         for group in groups
     ]
 
 
-def _stack(layers: range, load: Callable[[int], Any], place: Callable[[Any], Any] | None) -> Any:
+def _stack(layers: range, load: Callable[[int], Any]) -> Any:
+    def empty(a: jax.Array) -> jax.Array:
+        is_real = isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
+        placed = None
+        if is_real and isinstance(a.sharding, NamedSharding):
+            placed = NamedSharding(a.sharding.mesh, PartitionSpec(None, *a.sharding.spec))
+        return jnp.zeros((len(layers), *a.shape), a.dtype, device=placed)
+
     first = load(layers[0])
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(layers), *a.shape), a.dtype), first)
-    if place:
-        stack = place(shapes)
-    else:
-        stack = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    stack = jax.tree.map(empty, first)
     stack = _put(stack, first, jnp.int32(0))
     for index, layer in enumerate(layers[1:], start=1):
         stack = _put(stack, load(layer), jnp.int32(index))

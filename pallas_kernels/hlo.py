@@ -110,6 +110,9 @@ def runs(text: str) -> Iterator[tuple[int, dict[str, Op], Op]]:
                 yield from walk(_called(op, "body"), times * trips)
             elif op.kind in ("call", "async-start"):
                 yield from walk(_called(op, "to_apply|calls"), times)
+            elif op.kind == "custom-call":  # what moved to a SparseCore
+                for name in re.findall(r"called_computations=\{%([\w.\-]+)\}", op.rest):
+                    yield from walk(name, times)
             elif op.kind == "conditional":
                 parts = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
                 names = re.findall(r"[\w.\-]+", parts[1]) if parts else []

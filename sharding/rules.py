@@ -106,13 +106,13 @@ def spec_of(
 
     blocks: work along a dimension may only be cut at multiples of this (elements of one scale).
     store: also split along stored axes, where they divide; an axis is used once per array. Vectors
-        stay whole along them.
+        stay whole along them, alone or in a stack of layers.
 
     Raises:
         ValueError: a dimension has no rule, or does not divide.
     """
     blocks = blocks or [1] * len(shape)
-    used: set[str] = set()
+    used, is_vector = set(), sum(name != "layers" for name in names) == 1
     entries: list[tuple[str, ...]] = []
     for name, size, block in zip(names, shape, blocks, strict=True):
         axes = tuple(a for a in rules.axes(name) if sizes[a] > 1 and a not in used)
@@ -126,7 +126,7 @@ def spec_of(
         used |= set(axes)
         entries.append(axes)
     for at, (name, size) in enumerate(zip(names, shape, strict=True)):
-        for axis in rules.stored_axes(name) if store and len(shape) > 1 else ():
+        for axis in rules.stored_axes(name) if store and not is_vector else ():
             parts = math.prod(sizes[a] for a in entries[at]) * sizes[axis]
             if axis not in used and sizes[axis] > 1 and size % parts == 0:
                 used.add(axis)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dsv4_jax import model, parallel, presets
 from dsv4_jax.cache import Cache, init_cache
@@ -60,6 +61,25 @@ def shards_of(
     return Shards(make_mesh(shape, devices), rules, row_block, exchange)
 
 
+def placed(tree: Any, where: Any) -> Any:
+    """`jax.device_put` that also works where some devices belong to other processes."""
+
+    def one(a: Any, sharding: Any) -> jax.Array:
+        if isinstance(a, jax.Array) and not a.is_fully_addressable:
+            return a if a.sharding == sharding else jax.device_put(a, sharding)
+        values = np.asarray(a)
+        return jax.make_array_from_callback(values.shape, sharding, lambda at: values[at])
+
+    return jax.tree.map(one, tree, where)
+
+
+def fetch(a: jax.Array) -> np.ndarray:
+    """All of an array, on every process."""
+    if a.is_fully_addressable:
+        return np.asarray(a)
+    return np.asarray(multihost_utils.process_allgather(a, tiled=True))
+
+
 class Compiled:
     """A function compiled at its first call, without the optimisations that take most of the time.
 
@@ -72,8 +92,8 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         if self.run is None:
             options = {"xla_backend_optimization_level": 0}
-            self.run = jax.jit(self.fn).lower(*args).compile(options)
-        return self.run(*jax.device_put(args, self.run.input_shardings[0]))
+            self.run = jax.jit(self.fn, keep_unused=True).lower(*args).compile(options)
+        return self.run(*placed(args, self.run.input_shardings[0]))
 
 
 @dataclass
@@ -102,31 +122,33 @@ class Case:
         functions: Any = model
         more: dict[str, Any] = {}
         if shards.mesh is not None:
-            params = jax.device_put(params, shardings(param_specs(cfg, shards), shards))
-            cache = jax.device_put(cache, shardings(cache_specs(cache, shards), shards))
+            params = placed(params, shardings(param_specs(cfg, shards), shards))
+            cache = placed(cache, shardings(cache_specs(cache, shards), shards))
             functions, more = parallel, {"shards": shards}
         prefill = Compiled(partial(functions.prefill, cfg, num, all_logits=True, **more))
         decode = Compiled(partial(functions.decode_step, cfg, num, **more))
         draft = Compiled(partial(functions.draft, cfg, num, **more))
         count_B = jnp.asarray(COUNTS)
         out, cache = prefill(params, self.tokens_BT, cache, count_B)
-        logits = [np.asarray(out.logits)[row, :n] for row, n in enumerate(COUNTS)]
+        whole = fetch(out.logits)
+        logits = [whole[row, :n] for row, n in enumerate(COUNTS)]
         if mtp:
             next_BT = jnp.roll(self.tokens_BT, -1, axis=1)
             drafted, cache = draft(params, out.streams_BTMD, next_BT, cache, count_B)
-            logits.append(np.asarray(drafted.logits))
+            logits.append(fetch(drafted.logits))
         last = np.stack([part[-1] for part in logits[:BATCH]])
         for _ in range(steps):
             token_B = jnp.asarray(last.argmax(-1), jnp.int32)
             out, cache = decode(params, token_B, cache)
-            last = np.asarray(out.logits)
+            last = fetch(out.logits)
             logits += [np.asarray(token_B), last]
         return logits, cache
 
 
 def in_order(cache: Cache, shards: Shards) -> Cache:
     """The cache as one device has it: compressed rows in order, without room added for shards."""
-    count = shards.count("context")
+    if (count := shards.count("context")) == 1:
+        return cache
 
     def rows(a: Any) -> np.ndarray:
         blocks = np.asarray(a).reshape(*a.shape[:2], count, -1, shards.row_block, a.shape[3])
