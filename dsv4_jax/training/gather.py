@@ -44,7 +44,5 @@ def take_rows(x_BTd: Array, index_BJ: Array, inverse_BT: Array) -> Array:
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
         return jnp.where(index < limit, row * limit + index, batch * limit).reshape(-1)
 
-    out = take(
-        x_BTd.reshape(batch * size, -1), flat(index_BJ, size), flat(inverse_BT, count)
-    )
+    out = take(x_BTd.reshape(batch * size, -1), flat(index_BJ, size), flat(inverse_BT, count))
     return out.reshape(batch, count, -1)

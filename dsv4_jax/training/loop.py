@@ -273,5 +273,3 @@ def _mesh(devices: int) -> Mesh | None:
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=jax.devices()[:devices],
     )
-
-

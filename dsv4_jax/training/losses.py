@@ -130,6 +130,8 @@ def _token_losses(
 
 def _index_sum(terms: list[LayerTerms]) -> IndexTerms:
     return IndexTerms(
-        *(sum((getattr(t.index, name).sum() for t in terms), jnp.zeros((), jnp.float32))
-          for name in IndexTerms._fields)
+        *(
+            sum((getattr(t.index, name).sum() for t in terms), jnp.zeros((), jnp.float32))
+            for name in IndexTerms._fields
+        )
     )

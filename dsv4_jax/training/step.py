@@ -111,7 +111,9 @@ def _accumulate(
     total, chosen = lax.scan(body, zeros, (batch, routes))
     found, aux = total
     rest = iter(found)
-    grads = [next(rest) if m else jnp.zeros_like(leaf) for m, leaf in zip(moves, leaves, strict=True)]
+    grads = [
+        next(rest) if m else jnp.zeros_like(leaf) for m, leaf in zip(moves, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, grads), aux._replace(routes=chosen)
 
 
@@ -218,5 +220,3 @@ def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
         return [[t.router.experts_UA for t in group] for group in terms]
 
     return lax.map(one, batch)
-
-

@@ -74,9 +74,7 @@ def _write(
             if writer is not None:
                 writer.close()
             shards.append(f"rows_{len(shards):05d}.array_record")
-            writer = array_record_module.ArrayRecordWriter(
-                str(folder / shards[-1]), "group_size:1"
-            )
+            writer = array_record_module.ArrayRecordWriter(str(folder / shards[-1]), "group_size:1")
         assert writer is not None
         writer.write(encode_row(row))
         totals["rows"] += 1
