@@ -22,7 +22,9 @@ def lengths(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    ap = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="prepare_data.py", description="Tokenises and packs text and chats for training."
+    )
     ap.add_argument("sources", nargs="+", metavar="SRC", help="files or folders")
     ap.add_argument("--out", required=True, metavar="DIR", help="a folder per length goes there")
     ap.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.json")

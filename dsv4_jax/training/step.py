@@ -39,7 +39,7 @@ class Knobs(NamedTuple):
     lr: Array
     mtp: Array
     balance: Array
-    index: Array
+    indexer: Array
     bias_speed: Array
     loss_limit: Array
     norm_limit: Array
@@ -56,7 +56,7 @@ class StepMetrics(NamedTuple):
     loss: Array
     mtp: Array
     balance: Array
-    index: Array
+    indexer: Array
     captured: Array
     recall: Array
     grad_norm: Array
@@ -160,7 +160,7 @@ def make_step(
         state: TrainState, batch: Batch, knobs: Knobs, routes: Any = None
     ) -> tuple[TrainState, StepMetrics]:
         cfg, params = program.cfg, state.params
-        weights = Weights(knobs.mtp, knobs.balance, knobs.index)
+        weights = Weights(knobs.mtp, knobs.balance, knobs.indexer)
         grads, aux = find(program, weights, params, batch, routes)
         grads, norms = clip(grads, cfg, opt.clip, learn)
         rule = make_optimizer(opt, cfg, params, learn)
@@ -170,7 +170,7 @@ def make_step(
             moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
         norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
         m = aux.metrics
-        fine = jnp.isfinite(m.loss + m.mtp + m.index + norm)
+        fine = jnp.isfinite(m.loss + m.mtp + m.indexer + norm)
         fine &= (m.loss <= knobs.loss_limit) & (norm <= knobs.norm_limit)
         new = TrainState(moved, opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
@@ -187,8 +187,8 @@ def _report(
         m.loss,
         m.mtp,
         m.balance,
-        m.index,
-        1 - m.index / jnp.maximum(m.index_uniform, 1e-9),
+        m.indexer,
+        1 - m.indexer / jnp.maximum(m.index_uniform, 1e-9),
         m.hits / jnp.maximum(m.wanted, 1.0),
         norms.trunk,
         norms.indexer,

@@ -129,7 +129,7 @@ def test_indexer_learns_from_its_loss_alone():
     batch = pack([documents([40, 24]), documents([64], 1)], 64)
     program = Program(CONFIG)
     (_, _), both = grads(program, params, batch)
-    (_, _), without = grads(program, params, batch, WEIGHTS._replace(index=0.0))
+    (_, _), without = grads(program, params, batch, WEIGHTS._replace(indexer=0.0))
     (_, _), only = grads(dataclasses.replace(program, index_only=True), params, batch)
     both, without, only = floats(both), floats(without), floats(only)
     for key in both:
