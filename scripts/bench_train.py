@@ -22,7 +22,10 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    ap = argparse.ArgumentParser(prog="bench_train.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="bench_train.py",
+        description="Loss and gradients beside transformers.",
+    )
     ap.add_argument("--config", default=str(CONFIG), metavar="FILE", help="config.json to measure")
     ap.add_argument("--batch", type=int, default=2, metavar="B")
     ap.add_argument("--length", type=int, default=512, metavar="N")

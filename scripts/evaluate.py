@@ -14,7 +14,10 @@ from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Held-out loss of a run or of a converted checkpoint on packed rows.",
+    )
     ap.add_argument("model", metavar="DIR", help="a run's directory, or a converted checkpoint")
     ap.add_argument("--data", required=True, metavar="DIR", help="made by prepare_data.py")
     ap.add_argument("--length", type=int, required=True, metavar="N", help="tokens per row")

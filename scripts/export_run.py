@@ -40,7 +40,10 @@ def export_run(run_dir: str, dst: str, tokenizer: str | None, fmt: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    ap = argparse.ArgumentParser(prog="export_run.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="export_run.py",
+        description="Writes a training run's newest parameters as an official-layout checkpoint.",
+    )
     ap.add_argument("run", metavar="RUN", help="a run's directory")
     ap.add_argument("dst", metavar="DST", help="directory to write")
     ap.add_argument("--tokenizer", metavar="DIR", help="whose tokenizer files are copied")

@@ -13,7 +13,9 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     from dsv4_jax.training.plot import PANELS, draw
 
-    ap = argparse.ArgumentParser(prog="plot_runs.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="plot_runs.py", description="Draws the metrics of training runs into an SVG file."
+    )
     ap.add_argument("runs", nargs="+", metavar="[LABEL=]DIR", help="directories of runs")
     ap.add_argument("--out", required=True, metavar="FILE.svg")
     ap.add_argument("--smooth", type=int, default=10, metavar="STEPS", help="default: 10")

@@ -1,6 +1,6 @@
 """Tokenises and packs text and chats for training.
 
-python scripts/prepare_data.py corpus/ chats.jsonl --out runs/data --tokenizer DIR --lengths 512,4096
+python scripts/prepare_data.py corpus/ chats.jsonl --out runs/data --tokenizer DIR --lengths 512
 
 Reads .txt (one document each), .jsonl and .array_record (texts, {"text": …}, or chats
 {"messages": […], "tools": […], "thinking": true}). Of chats only the assistant's part is learnt.
@@ -22,7 +22,9 @@ def lengths(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    ap = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="prepare_data.py", description="Tokenises and packs text and chats for training."
+    )
     ap.add_argument("sources", nargs="+", metavar="SRC", help="files or folders")
     ap.add_argument("--out", required=True, metavar="DIR", help="a folder per length goes there")
     ap.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.json")
@@ -46,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for length, totals in found.items():
         filled = totals["tokens"] / (totals["rows"] * length)
-        print(f"length {length}: {totals['rows']} rows, {totals['tokens']} tokens, {filled:.1%} full")
+        print(
+            f"length {length}: {totals['rows']} rows, {totals['tokens']} tokens, {filled:.1%} full"
+        )
     return 0
 
 

@@ -11,7 +11,9 @@ import sys
 
 
 def parser() -> argparse.ArgumentParser:
-    ap = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0])
+    ap = argparse.ArgumentParser(
+        prog="train.py", description="Trains a model, or goes on where a run stopped."
+    )
     ap.add_argument("--config", required=True, metavar="NAME|FILE", help="see training/configs")
     ap.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the run>")
     ap.add_argument("--until", type=int, metavar="STEP", help="stop there; default: the end")

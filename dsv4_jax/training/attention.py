@@ -179,9 +179,7 @@ def _cut(
         return jnp.pad(a, edges, constant_values=fill).reshape(rows, -1, tile, *a.shape[2:])
 
     def with_history(a: Array, fill: int = 0) -> Array:
-        front = jnp.pad(
-            a, [(0, 0), (behind, 0)] + [(0, 0)] * (a.ndim - 2), constant_values=fill
-        )
+        front = jnp.pad(a, [(0, 0), (behind, 0)] + [(0, 0)] * (a.ndim - 2), constant_values=fill)
         return jnp.concatenate([front[:, i : i + a.shape[1]] for i in range(behind + 1)], axis=2)
 
     def sliced(a: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: parameters and slots by Orbax, written behind the steps; the rest as JSON."""
+"""Checkpoints of a run: arrays by Orbax, written behind the steps; the rest as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=True)
         self._manager = ocp.CheckpointManager(
-            Path(run_dir).resolve() / FOLDER, options=options, item_names=("state", "meta", "routes")
+            Path(run_dir).resolve() / FOLDER,
+            options=options,
+            item_names=("state", "meta", "routes"),
         )
 
     def steps(self) -> list[int]:

@@ -29,7 +29,7 @@ class LayerTerms(NamedTuple):
     """What one layer reports beside its output."""
 
     router: RouterTerms
-    index: IndexTerms
+    indexer: IndexTerms
 
 
 class Hidden(NamedTuple):
@@ -70,9 +70,9 @@ def forward(program: Program, params: Params, batch: Batch, routes: Any = None) 
 
 
 def _layout(cfg: ModelConfig, batch: Batch) -> Layout:
-    turns = [rotation(frequencies(cfg, kind), batch.position_BT) for kind in (False, True)]
+    window, rows = (rotation(frequencies(cfg, kind), batch.position_BT) for kind in (False, True))
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
-    return Layout(batch, *turns, {ratio: find_windows(batch, ratio) for ratio in ratios})
+    return Layout(batch, window, rows, {ratio: find_windows(batch, ratio) for ratio in ratios})
 
 
 def _run_group(
@@ -112,7 +112,7 @@ def block(
     """One layer: attention and MoE, each behind a norm and a hyper-connection."""
     num, batch = program.num, layout.batch
 
-    def feed(hyper: str, norm: str, h_BTMD: Array):
+    def feed(hyper: str, norm: str, h_BTMD: Array) -> Any:
         module = HyperConnection(program.cfg)
         return module.apply({"params": w[hyper]}, h_BTMD, w[norm], num, method="feed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def _forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array
     return _fill_take(x, index), (index, inverse)
 
 
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, np.ndarray, np.ndarray]:
+def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
     index, inverse = saved
     none = (np.zeros(a.shape, jax.dtypes.float0) for a in (index, inverse))
     return (_fill_take(g, inverse), *none)
@@ -44,7 +46,5 @@ def take_rows(x_BTd: Array, index_BJ: Array, inverse_BT: Array) -> Array:
         row = jnp.arange(batch, dtype=jnp.int32)[:, None]
         return jnp.where(index < limit, row * limit + index, batch * limit).reshape(-1)
 
-    out = take(
-        x_BTd.reshape(batch * size, -1), flat(index_BJ, size), flat(inverse_BT, count)
-    )
+    out = take(x_BTd.reshape(batch * size, -1), flat(index_BJ, size), flat(inverse_BT, count))
     return out.reshape(batch, count, -1)

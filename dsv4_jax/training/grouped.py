@@ -84,9 +84,7 @@ def grouped_linear(x_Sd: Array, weight: Array, plan: Plan) -> Array:
     The matrices are cast to x's dtype; sums and the gradient of `weight` are float32.
     """
     tiles = (plan.expert_t, plan.tiles)
-    return lax.platform_dependent(
-        x_Sd, weight, tiles, plan.rows_E, cpu=_by_tile, default=_ragged
-    )
+    return lax.platform_dependent(x_Sd, weight, tiles, plan.rows_E, cpu=_by_tile, default=_ragged)
 
 
 def _ragged(x_Sd: Array, weight: Array, tiles: Any, rows_E: Array) -> Array:

@@ -83,8 +83,8 @@ class Trainer:
         self._route_ahead(moment)
         batch = self._batch(moment, prefetch=True)
         loss_limit, norm_limit = self.guard.limits()
-        rates = (moment.lr, moment.mtp, moment.balance, moment.index, moment.bias_speed)
-        knobs = Knobs(*(np.float32(x) for x in (*rates, loss_limit, norm_limit)))
+        rates = (moment.lr, moment.mtp, moment.balance, moment.indexer, moment.bias_speed)
+        knobs = Knobs(*(jnp.float32(x) for x in (*rates, loss_limit, norm_limit)))
         step = self._steps(moment.stage.phase)
         self.state, found = step(self.state, batch, knobs, self.pending.pop(self.step, None))
         values = {k: float(v) for k, v in zip(found._fields, jax.device_get(found), strict=True)}
@@ -273,5 +273,3 @@ def _mesh(devices: int) -> Mesh | None:
         axis_types=(jax.sharding.AxisType.Auto,),
         devices=jax.devices()[:devices],
     )
-
-

@@ -34,20 +34,20 @@ class Weights(NamedTuple):
 
     mtp: Array | float
     balance: Array | float
-    index: Array | float
+    indexer: Array | float
 
 
 class Metrics(NamedTuple):
     """Losses of the whole batch, summed over microbatches: float32 scalars.
 
-    loss: the next-token loss in nats; mtp, balance (mean of layers), index (mean of layers, KL).
-    index_uniform: KL of equal shares in index's place. hits, wanted: see `IndexTerms`.
+    loss: the next-token loss in nats; mtp, balance (mean of layers), indexer (mean of layers, KL).
+    index_uniform: KL of equal shares in its place. hits, wanted: see `IndexTerms`.
     """
 
     loss: Array
     mtp: Array
     balance: Array
-    index: Array
+    indexer: Array
     index_uniform: Array
     hits: Array
     wanted: Array
@@ -92,7 +92,7 @@ def objective(
         balance = balance / jnp.maximum(counts.tokens, 1.0)
         total = main + weights.mtp * mtp + weights.balance * balance
     if program.index_loss:
-        total = total + weights.index * index.kl / queries
+        total = total + weights.indexer * index.kl / queries
     num_balanced = program.cfg.total_layers - program.cfg.num_hash_layers
     per_layer = queries * num_index
     metrics = Metrics(
@@ -130,6 +130,8 @@ def _token_losses(
 
 def _index_sum(terms: list[LayerTerms]) -> IndexTerms:
     return IndexTerms(
-        *(sum((getattr(t.index, name).sum() for t in terms), jnp.zeros((), jnp.float32))
-          for name in IndexTerms._fields)
+        *(
+            sum((getattr(t.indexer, name).sum() for t in terms), jnp.zeros((), jnp.float32))
+            for name in IndexTerms._fields
+        )
     )

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FILE = "metrics.jsonl"
-COLUMNS = ("step", "phase", "tokens", "loss", "mtp", "index", "captured", "grad_norm", "load", "lr")
+COLUMNS = (
+    "step",
+    "phase",
+    "tokens",
+    "loss",
+    "mtp",
+    "indexer",
+    "captured",
+    "grad_norm",
+    "load",
+    "lr",
+)
 HEAD_EVERY = 20
 
 

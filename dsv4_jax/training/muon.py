@@ -66,7 +66,7 @@ def orthogonalise_tree(updates: list[Array], how: list[View], dtype: Any) -> lis
     by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for i, pieces in enumerate(parts):
         for j, piece in enumerate(pieces):
-            by_shape[piece.shape[1:]].append((i, j))
+            by_shape[piece.shape[1], piece.shape[2]].append((i, j))
     for (r, q), members in by_shape.items():
         batch = jnp.concatenate([parts[i][j] for i, j in members])
         done = _in_chunks(batch, dtype) * (UPDATE_RMS * max(r, q) ** 0.5)

@@ -101,9 +101,7 @@ class Norms(NamedTuple):
     indexer: Array
 
 
-def clip(
-    grads: Any, cfg: ModelConfig, bound: float, learn: str
-) -> tuple[Any, Norms]:
+def clip(grads: Any, cfg: ModelConfig, bound: float, learn: str) -> tuple[Any, Norms]:
     """Scales the indexers' and the other gradients down to norm `bound` each; 0: only measures."""
 
     def side_of(place: Place, _: Array) -> str:

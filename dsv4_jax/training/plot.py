@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv4_jax.training.metrics import read
 
-PANELS = ("loss", "mtp", "index", "captured", "recall", "load", "bias", "update_rms", "grad_norm")
+PANELS = ("loss", "mtp", "indexer", "captured", "recall", "load", "bias", "update_rms", "grad_norm")
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
 WIDTH, HEIGHT, MARGIN, COLUMNS = 360, 220, 44, 3
 LOG = {"grad_norm"}

@@ -63,15 +63,20 @@ class Precision:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def straight_through(rounding: Callable[[Array], Array], x: Array) -> Array:
-    """`rounding(x)`, with the gradient of `x` itself."""
+def _straight(rounding: Callable[[Array], Array], x: Array) -> Array:
     return rounding(x)
 
 
-straight_through.defvjp(
+_straight.defvjp(
     lambda rounding, x: (rounding(x), None),
     lambda rounding, _, g: (g,),
 )
+
+
+def straight_through(rounding: Callable[[Array], Array], x: Array) -> Array:
+    """`rounding(x)`, with the gradient of `x` itself."""
+    out: Any = _straight(rounding, x)
+    return out
 
 
 def fake_weight(fmt: str, weight: Array) -> Array:

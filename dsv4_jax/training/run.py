@@ -63,7 +63,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for phase in self.phases:
             if phase.data not in self.data:
-                raise ValueError(f"phase {phase.name!r} reads data {phase.data!r}, which is not given")
+                raise ValueError(
+                    f"phase {phase.name!r} reads data {phase.data!r}, which is not given"
+                )
             if phase.seq_len > self.model.max_len:
                 raise ValueError(
                     f"phase {phase.name!r}: seq_len={phase.seq_len} exceeds the model's "

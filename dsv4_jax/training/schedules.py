@@ -67,7 +67,7 @@ class Schedule:
 
     lr, end_lr: peak and final learning rate. warmup_steps: linear start. decay_from: share of the
     run's tokens after which the rate falls as a cosine and λ becomes `mtp_decayed`.
-    mtp, mtp_decayed: λ. balance: α. index: μ. bias_speed: γ. bias_freeze_from: share of the run
+    mtp, mtp_decayed: λ. balance: α. indexer: μ. bias_speed: γ. bias_freeze_from: share of the run
     after which γ is 0.
     """
 
@@ -78,7 +78,7 @@ class Schedule:
     mtp: float = 0.3
     mtp_decayed: float = 0.1
     balance: float = 1e-4
-    index: float = 1.0
+    indexer: float = 1.0
     bias_speed: float = 1e-3
     bias_freeze_from: float = 1.0
 
@@ -87,7 +87,7 @@ class Schedule:
             raise ValueError(f"schedule.decay_from={self.decay_from} must lie in (0, 1]")
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps={self.warmup_steps} must not be negative")
-        for name in ("lr", "end_lr", "mtp", "mtp_decayed", "balance", "index", "bias_speed"):
+        for name in ("lr", "end_lr", "mtp", "mtp_decayed", "balance", "indexer", "bias_speed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} must not be negative")
 
@@ -113,7 +113,7 @@ class Moment(NamedTuple):
     lr: float
     mtp: float
     balance: float
-    index: float
+    indexer: float
     bias_speed: float
 
 
@@ -162,7 +162,7 @@ class Plan:
             self._lr(step, tokens) if stage.phase.lr is None else stage.phase.lr,
             s.mtp_decayed if decays else s.mtp,
             s.balance,
-            s.index,
+            s.indexer,
             0.0 if frozen else s.bias_speed,
         )
 

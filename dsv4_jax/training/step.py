@@ -39,7 +39,7 @@ class Knobs(NamedTuple):
     lr: Array
     mtp: Array
     balance: Array
-    index: Array
+    indexer: Array
     bias_speed: Array
     loss_limit: Array
     norm_limit: Array
@@ -56,7 +56,7 @@ class StepMetrics(NamedTuple):
     loss: Array
     mtp: Array
     balance: Array
-    index: Array
+    indexer: Array
     captured: Array
     recall: Array
     grad_norm: Array
@@ -111,7 +111,9 @@ def _accumulate(
     total, chosen = lax.scan(body, zeros, (batch, routes))
     found, aux = total
     rest = iter(found)
-    grads = [next(rest) if m else jnp.zeros_like(leaf) for m, leaf in zip(moves, leaves, strict=True)]
+    grads = [
+        next(rest) if m else jnp.zeros_like(leaf) for m, leaf in zip(moves, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, grads), aux._replace(routes=chosen)
 
 
@@ -158,7 +160,7 @@ def make_step(
         state: TrainState, batch: Batch, knobs: Knobs, routes: Any = None
     ) -> tuple[TrainState, StepMetrics]:
         cfg, params = program.cfg, state.params
-        weights = Weights(knobs.mtp, knobs.balance, knobs.index)
+        weights = Weights(knobs.mtp, knobs.balance, knobs.indexer)
         grads, aux = find(program, weights, params, batch, routes)
         grads, norms = clip(grads, cfg, opt.clip, learn)
         rule = make_optimizer(opt, cfg, params, learn)
@@ -168,7 +170,7 @@ def make_step(
             moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
         norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
         m = aux.metrics
-        fine = jnp.isfinite(m.loss + m.mtp + m.index + norm)
+        fine = jnp.isfinite(m.loss + m.mtp + m.indexer + norm)
         fine &= (m.loss <= knobs.loss_limit) & (norm <= knobs.norm_limit)
         new = TrainState(moved, opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
@@ -185,8 +187,8 @@ def _report(
         m.loss,
         m.mtp,
         m.balance,
-        m.index,
-        1 - m.index / jnp.maximum(m.index_uniform, 1e-9),
+        m.indexer,
+        1 - m.indexer / jnp.maximum(m.index_uniform, 1e-9),
         m.hits / jnp.maximum(m.wanted, 1.0),
         norms.trunk,
         norms.indexer,
@@ -218,5 +220,3 @@ def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
         return [[t.router.experts_UA for t in group] for group in terms]
 
     return lax.map(one, batch)
-
-

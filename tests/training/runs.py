@@ -12,7 +12,7 @@ from dsv4_jax.tokenizer import Tokenizer
 from dsv4_jax.training.data.prepare import prepare
 from dsv4_jax.training.metrics import read
 
-CONFIG_FILE = '''
+CONFIG_FILE = """
 from dsv4_jax.training.data.source import Source
 from dsv4_jax.training.guard import GuardConfig
 from dsv4_jax.training.run import RunConfig
@@ -29,7 +29,7 @@ RUN = RunConfig(
     checkpoint_every=3,
     log_every=1,
 )
-'''
+"""
 
 EVERY_BORDER = """(
     Phase("dense", 9 * 8 * 32, 32, 8, ((4, 3 * 4 * 32),), attention="dense", learn="trunk"),

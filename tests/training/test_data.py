@@ -178,5 +178,7 @@ def test_script(tmp_path, capsys):
     assert prepare_data.main(args) == 1
     assert "holds packed rows already" in capsys.readouterr().err
     (tmp_path / "b.jsonl").write_text("{oops")
-    assert prepare_data.main([str(tmp_path / "b.jsonl"), *args[1:2], str(tmp_path / "p"), *args[3:]])
+    assert prepare_data.main(
+        [str(tmp_path / "b.jsonl"), *args[1:2], str(tmp_path / "p"), *args[3:]]
+    )
     assert "b.jsonl:1" in capsys.readouterr().err

@@ -56,9 +56,7 @@ def test_equals_the_fixtures(tmp_path):
     units = {
         name: store.densify(tree, jnp.float32) for name, tree in store.load_units(tmp_path, cfg)
     }
-    units = jax.tree.map(
-        lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, units
-    )
+    units = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, units)
     cfg = cfg.replace(dense_format=None, expert_format=None)
     params = model.group_params(cfg, units.__getitem__)
     import json
@@ -112,9 +110,7 @@ def grads(program, params, batch, weights=WEIGHTS):
 
 def floats(tree):
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(k): np.asarray(v) for k, v in flat if v.dtype != jax.dtypes.float0
-    }
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in flat if v.dtype != jax.dtypes.float0}
 
 
 def test_every_parameter_learns():
@@ -133,7 +129,7 @@ def test_indexer_learns_from_its_loss_alone():
     batch = pack([documents([40, 24]), documents([64], 1)], 64)
     program = Program(CONFIG)
     (_, _), both = grads(program, params, batch)
-    (_, _), without = grads(program, params, batch, WEIGHTS._replace(index=0.0))
+    (_, _), without = grads(program, params, batch, WEIGHTS._replace(indexer=0.0))
     (_, _), only = grads(dataclasses.replace(program, index_only=True), params, batch)
     both, without, only = floats(both), floats(without), floats(only)
     for key in both:
@@ -207,5 +203,3 @@ def test_no_token_sees_the_future_or_another_document():
     for t, moved in zip((7, 19, 25, 39), np.abs(np.asarray(g)).max(-1) > 0, strict=True):
         seen = {int(i) - 2 for i in np.flatnonzero(moved)}
         assert seen == set(range(0 if t < 20 else 20, t + 1)), t
-
-

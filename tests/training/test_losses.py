@@ -123,7 +123,11 @@ def test_biases_follow_the_sign_of_the_load():
     }
     speed = jnp.float32(2**-10)
     moved = move_biases(CONFIG, params, loads, speed)
-    signs = {("groups", 1, 0): [-1, 1, 1, 1], ("groups", 2, 0): [-1, 1, 0, 0], ("mtp", 0): [1, 1, -1, -1]}
+    signs = {
+        ("groups", 1, 0): [-1, 1, 1, 1],
+        ("groups", 2, 0): [-1, 1, 0, 0],
+        ("mtp", 0): [1, 1, -1, -1],
+    }
     for path, sign in signs.items():
         old, new = params, moved
         for step in path:

@@ -1,4 +1,4 @@
-"""QAT: rounding equals what is exported, gradients pass straight, and the export is what trained."""
+"""QAT: rounding equals what is exported, gradients pass straight; the export is what trained."""
 
 import json
 from functools import partial

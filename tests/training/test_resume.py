@@ -97,6 +97,4 @@ def test_killed_at_every_border(devices, tmp_path):
         assert process.returncode == (0 if number == 4 else -signal.SIGKILL)
     finish(start(path, tmp_path / "killed", cache, devices))
     assert lines_of(tmp_path / "straight") == lines_of(tmp_path / "killed")
-    assert_same(
-        final_state(path, tmp_path / "straight"), final_state(path, tmp_path / "killed")
-    )
+    assert_same(final_state(path, tmp_path / "straight"), final_state(path, tmp_path / "killed"))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports]
+    ArrayRecordReader,
+)
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding import render_segments
@@ -58,7 +60,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield (where := f"{path}:{number}"), _parse(line, where)
     else:
-        reader = array_record_module.ArrayRecordReader(str(path))
+        reader = ArrayRecordReader(str(path))
         for number in range(reader.num_records()):
             raw = reader.read([number])[0].decode("utf-8")
             where = f"{path}, record {number}"

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from array_record.python import array_record_module
+from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports]
+    ArrayRecordWriter,
+)
 
 from dsv4_jax.tokenizer import Tokenizer
 from dsv4_jax.training.data.documents import Document, find_files, read_items, tokenise
@@ -74,9 +76,7 @@ def _write(
             if writer is not None:
                 writer.close()
             shards.append(f"rows_{len(shards):05d}.array_record")
-            writer = array_record_module.ArrayRecordWriter(
-                str(folder / shards[-1]), "group_size:1"
-            )
+            writer = ArrayRecordWriter(str(folder / shards[-1]), "group_size:1")
         assert writer is not None
         writer.write(encode_row(row))
         totals["rows"] += 1

@@ -35,7 +35,7 @@ class Rows:
         self.length = length
         parts = [self._open(source, seed + i, vocab_size) for i, source in enumerate(sources)]
         weights = [source.weight for source in sources]
-        self._rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        self._rows: Any = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
     def _open(self, source: Source, seed: int, vocab_size: int) -> Any:
         folder = folder_of(source.path, self.length)
@@ -52,7 +52,8 @@ class Rows:
                 f"vocab_size is {vocab_size}"
             )
         files = [str(folder / name) for name in manifest["shards"]]
-        data = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(files))
+        records: Any = grain.sources.ArrayRecordDataSource(files)
+        data = grain.MapDataset.source(records)
         return data.seed(seed).shuffle().repeat()
 
     def batch(self, first: int, count: int, host: int = 0, hosts: int = 1) -> np.ndarray:
