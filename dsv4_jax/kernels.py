@@ -109,19 +109,21 @@ def _shared_choice(
     """
     (batch, fresh), size = visible_BT.shape, store.num_rows(keys)
     keep = min(cfg.index_topk, size)
+    # one layer first: XLA would turn the whole stack to read its entries as rows
+    layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index), keys)
+    rest = -size % store.KERNEL_TILE  # few keys: filled up to what the kernel reads at once
+    edges = ((0, 0), (0, 0), (0, rest), (0, 0))
     chosen = index_topk.select_rows(
         query.q_BTIJ,
         query.w_BTI,
-        _keys(keys),
+        _keys(jax.tree.map(lambda a: jnp.pad(a, edges), layer) if rest else keys),
         visible_BT,
         keep,
-        layer=index,
+        layer=0 if rest else index,
         rounded=num.packed_cache,
         implementation=num.kernels,  # type: ignore[arg-type]
     )
     rows_BTK = chosen.rows_BTK
-    # one layer first: XLA would turn the whole stack to read its entries as rows
-    layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index), keys)
     place = chunk.place(jnp.int32(0))
     keys_BTKJ = store.gather_rows(layer, place, rows_BTK, num.jnp_dtype)
     alone = IndexQuery(*(a.reshape(batch * fresh, 1, *a.shape[2:]) for a in query))

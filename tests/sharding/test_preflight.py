@@ -10,7 +10,7 @@ from dsv4_jax.preflight.compile import Report
 from dsv4_jax.preflight.programs import Sizes
 from pallas_kernels import aot
 from scripts import preflight
-from sharding.mesh import MeshShape, MeshSizes
+from sharding.mesh import MeshShape, MeshSizes, make_mesh, topology_devices
 from sharding.shards import Shards
 
 REASON = aot.skip_reason()
@@ -94,9 +94,15 @@ HLO = """HloModule step
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
 
+%offloaded (b: f32[8,64]) -> f32[16,64] {
+  %b = f32[8,64]{1,0} parameter(0)
+  ROOT %h = f32[16,64]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: f32[8,64]) -> f32[8,64] {
   %a = f32[8,64]{1,0} parameter(0)
   %g = f32[64,64]{1,0} all-gather(%a), replica_groups=[1,8]<=[8], dimensions={0}
+  %c = f32[16,64]{1,0} custom-call(%a), custom_call_target="?", called_computations={%offloaded}
   %w = (s32[], f32[8,64]{1,0}) while(%t), condition=%cond, body=%body
   ROOT %o = f32[8,64]{1,0} get-tuple-element(%w), index=1
 }
@@ -105,7 +111,8 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
 
 def test_collectives_count_as_often_as_they_run():
     sent = measure.collectives(HLO)
-    assert sent == {"all-gather": 64 * 64 * 4 * 7 // 8, "all-reduce": 10 * 2 * 3 * 8 * 64}
+    gathered = 64 * 64 * 4 * 7 // 8 + 16 * 64 * 4 // 2
+    assert sent == {"all-gather": gathered, "all-reduce": 10 * 2 * 3 * 8 * 64}
 
 
 def test_the_formula_grows_with_the_group():
@@ -126,6 +133,18 @@ def test_slices_grow():
         sizes = [slices.devices_of(name) for name in slices.slices_of(kind)]
         assert sizes == sorted(sizes)
     assert slices.devices_of("TPU7x:2x2x1") == 8
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_slices_lie_along_the_outer_axes():
+    devices = topology_devices("v5p:2x2x1", slices=2)
+    mesh = make_mesh(MeshShape(data=2, expert=4), devices)
+    assert [device.slice_index for device in mesh.devices.ravel()] == [0] * 4 + [1] * 4
+    with pytest.raises(ValueError, match="2 slices must divide data or fsdp"):
+        make_mesh(MeshShape(expert=8), devices)
+    with pytest.raises(ValueError, match="'v6e:3x5' does not exist"):
+        topology_devices("v6e:3x5")
 
 
 @pytest.mark.tpu
