@@ -83,11 +83,11 @@ def test_packed_equals_alone(sparse):
     """Documents that start at every offset modulo 8, in rows with padding."""
     program = Program(CONFIG, sparse=sparse)
     params = random_params()
-    docs = documents([9, 26, 18, 23, 1, 20, 38, 14])
-    rows = [docs[:4], docs[4:]]
-    starts = {0, 9 % 8, 35 % 8, 53 % 8, 1, 21 % 8, 59 % 8}
-    assert len(starts) == 4
-    main, mtp = logits(program, params, pack(rows, 80))
+    docs = documents([9, 10, 11, 7, 20, 2, 2, 19, 30])
+    rows = [docs[:5], docs[5:]]
+    starts = {sum(len(d) for d in row[:i]) % 8 for row in rows for i in range(len(row))}
+    assert starts == set(range(8))
+    main, mtp = logits(program, params, pack(rows, 60))
     alone_main, alone_mtp = logits(program, params, pack([[d] for d in docs], 40))
     number = 0
     for r, row in enumerate(rows):
