@@ -27,7 +27,7 @@ def main(path: str, batch: int, length: int) -> None:
 
     cfg = ModelConfig.from_hf(json.loads(Path(path).read_text()))
     cfg = cfg.replace(dense_format=None, expert_format=None)
-    params = init_params(cfg, InitConfig(), jax.random.key(0))
+    params = init_params(cfg, InitConfig(), jax.random.key(0), scan=False)
     tokens_BT = jax.random.randint(jax.random.key(1), (batch, length), 2, cfg.vocab_size)
     micro = jax.tree.map(lambda a: a[None], unpacked(tokens_BT))
     program = Program(cfg, index_loss=False, mtp=False)

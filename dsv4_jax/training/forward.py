@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.mhc import HyperConnection, HyperHead, spread
+from dsv4_jax.mhc import HyperHead
 from dsv4_jax.model import is_scanned
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.rope import frequencies, rotation
@@ -17,6 +17,7 @@ from dsv4_jax.schedule import Group, LayerKind, layer_groups
 from dsv4_jax.training.attention import Layout, attention
 from dsv4_jax.training.batch import Batch, ahead
 from dsv4_jax.training.experts import RouterTerms, moe
+from dsv4_jax.training.hyper import feed, spread
 from dsv4_jax.training.index_loss import IndexTerms
 from dsv4_jax.training.precision import dense
 from dsv4_jax.training.program import Program
@@ -110,18 +111,12 @@ def block(
     given_UA: Array | None = None,
 ) -> tuple[Array, LayerTerms]:
     """One layer: attention and MoE, each behind a norm and a hyper-connection."""
-    num, batch = program.num, layout.batch
-
-    def feed(hyper: str, norm: str, h_BTMD: Array) -> Any:
-        module = HyperConnection(program.cfg)
-        return module.apply({"params": w[hyper]}, h_BTMD, w[norm], num, method="feed")
-
-    x_BTD, mix = feed("hc_attn", "attn_norm", h_BTMD)
+    x_BTD, mix = feed(program, w["hc_attn"], w["attn_norm"], h_BTMD)
     a_BTD, index = attention(w["attn"], x_BTD, layout, kind.ratio, program)
-    h_BTMD = spread(a_BTD, h_BTMD, mix, num)
-    x_BTD, mix = feed("hc_ffn", "ffn_norm", h_BTMD)
-    f_BTD, router = moe(w["ffn"], x_BTD, batch, program, given_UA)
-    return spread(f_BTD, h_BTMD, mix, num), LayerTerms(router, index)
+    h_BTMD = spread(program, a_BTD, h_BTMD, mix)
+    x_BTD, mix = feed(program, w["hc_ffn"], w["ffn_norm"], h_BTMD)
+    f_BTD, router = moe(w["ffn"], x_BTD, layout.batch, program, given_UA)
+    return spread(program, f_BTD, h_BTMD, mix), LayerTerms(router, index)
 
 
 def _mtp(

@@ -21,7 +21,7 @@ from tests.training.support import CONFIG
 
 RUN = RunConfig(
     name="small",
-    model=CONFIG.replace(vocab_size=320, num_layers=2, compress_ratios=(4, 8, 0)),
+    model=CONFIG.replace(vocab_size=320, MODEL),
     data={"train": (Source(DATA),)},
     phases=PHASES,
     schedule=Schedule(lr=5e-3, end_lr=5e-4, warmup_steps=3, decay_from=0.7),
@@ -42,7 +42,11 @@ EVERY_BORDER = """(
 SPARSE_ONLY = """(Phase("sparse", 10 * 8 * 32, 32, 8),)"""
 
 
-def write_config(folder: Path, phases: str, devices: int = 1) -> Path:
+TWO_LAYERS = "num_layers=2, compress_ratios=(4, 8, 0)"
+ONE_LAYER = "num_layers=1, compress_ratios=(4,), num_hash_layers=0, num_mtp_layers=0"
+
+
+def write_config(folder: Path, phases: str, devices: int = 1, model: str = TWO_LAYERS) -> Path:
     """Prepared data and a configuration file in `folder`."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(20)]
@@ -50,7 +54,11 @@ def write_config(folder: Path, phases: str, devices: int = 1) -> Path:
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = Tokenizer(build_byte_tokenizer().to_str())
     prepare([folder / "text.jsonl"], folder / "data", tokenizer, [32, 64], lambda _: None)
-    text = CONFIG_FILE.replace("DATA", repr(str(folder / "data"))).replace("PHASES", phases)
+    text = (
+        CONFIG_FILE.replace("DATA", repr(str(folder / "data")))
+        .replace("PHASES", phases)
+        .replace("MODEL", model)
+    )
     path = folder / "small.py"
     path.write_text(text.replace("scan=False", f"scan=False, devices={devices}"))
     return path

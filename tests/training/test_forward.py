@@ -1,6 +1,7 @@
 """The training forward pass against the inference path, packed against alone, and its gradients."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -34,7 +35,9 @@ def logits(program, params, batch):
     return jax.jit(run)(params, batch)
 
 
-@pytest.mark.parametrize("cfg", [CONFIG, DEEP], ids=["one of each", "scanned"])
+@pytest.mark.parametrize(
+    "cfg", [CONFIG, pytest.param(DEEP, marks=pytest.mark.slow)], ids=["one of each", "scanned"]
+)
 def test_equals_inference(cfg):
     params = random_params(cfg)
     tokens = jnp.asarray(np.stack(documents([50, 50])))
@@ -59,8 +62,6 @@ def test_equals_the_fixtures(tmp_path):
     units = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, units)
     cfg = cfg.replace(dense_format=None, expert_format=None)
     params = model.group_params(cfg, units.__getitem__)
-    import json
-
     prompts = json.loads((DATA / "prompts.json").read_text())["prompts"]
     expected = load_npz("logits_float32.npz")
     program, length = Program(cfg), max(len(p["tokens"]) for p in prompts)
@@ -77,16 +78,16 @@ def test_equals_the_fixtures(tmp_path):
             )
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_packed_equals_alone(sparse):
     """Documents that start at every offset modulo 8, in rows with padding."""
     program = Program(CONFIG, sparse=sparse)
     params = random_params()
-    docs = documents([9, 26, 18, 23, 1, 20, 38, 14])
-    rows = [docs[:4], docs[4:]]
-    starts = {0, 9 % 8, 35 % 8, 53 % 8, 1, 21 % 8, 59 % 8}
-    assert len(starts) == 4 + 0
-    main, mtp = logits(program, params, pack(rows, 80))
+    docs = documents([9, 10, 11, 7, 20, 2, 2, 19, 30])
+    rows = [docs[:5], docs[5:]]
+    starts = {sum(len(d) for d in row[:i]) % 8 for row in rows for i in range(len(row))}
+    assert starts == set(range(8))
+    main, mtp = logits(program, params, pack(rows, 60))
     alone_main, alone_mtp = logits(program, params, pack([[d] for d in docs], 40))
     number = 0
     for r, row in enumerate(rows):
@@ -113,6 +114,7 @@ def floats(tree):
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in flat if v.dtype != jax.dtypes.float0}
 
 
+@pytest.mark.slow
 def test_every_parameter_learns():
     params = random_params()
     batch = pack([documents([40, 24]), documents([64], 1)], 64)
@@ -141,6 +143,7 @@ def test_indexer_learns_from_its_loss_alone():
             np.testing.assert_array_equal(both[key], without[key], err_msg=key)
 
 
+@pytest.mark.slow
 def test_packing_changes_no_gradient():
     params = random_params()
     docs = documents([9, 26, 17, 12])
@@ -184,6 +187,7 @@ def test_how_it_is_computed_changes_nothing(change, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_no_token_sees_the_future_or_another_document():
     params = random_params()
     docs = documents([20, 20])

@@ -13,7 +13,7 @@ import pytest
 
 from dsv4_jax.training.loop import Trainer
 from dsv4_jax.training.run import load_run
-from tests.training.runs import EVERY_BORDER, SPARSE_ONLY, lines_of, write_config
+from tests.training.runs import EVERY_BORDER, ONE_LAYER, SPARSE_ONLY, lines_of, write_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def assert_same(a, b):
 
 
 def test_resumes_within_a_phase(tmp_path):
-    path = write_config(tmp_path, SPARSE_ONLY)
+    path = write_config(tmp_path, SPARSE_ONLY, model=ONE_LAYER)
     quiet = io.StringIO()
     run = load_run(str(path), [])
     straight = Trainer(run, tmp_path / "straight", quiet)
@@ -54,6 +54,32 @@ def test_resumes_within_a_phase(tmp_path):
     with pytest.raises(ValueError, match="another model, seed or optimizer"):
         Trainer(load_run(str(path), ["seed=5"]), tmp_path / "stopped", quiet)
     for trainer in (straight, resumed):
+        trainer.close()
+
+
+@pytest.mark.slow
+def test_resumes_across_every_border(tmp_path):
+    """Stops at, and loses unsaved steps behind, each change of batch, phase, length and routing."""
+    path = write_config(tmp_path, EVERY_BORDER, model=ONE_LAYER)
+    run = load_run(str(path), [])
+    straight = Trainer(run, tmp_path / "straight", io.StringIO())
+    assert straight.train()
+    borders = straight.plan.borders()
+    assert len(borders) == 6
+    for stop in sorted({s + d for s in borders for d in (0, 2)}):
+        part = Trainer(run, tmp_path / "parts", io.StringIO())
+        part._steps, part._routers = straight._steps, straight._routers
+        while part.step < stop:
+            part._advance()
+            if part.step in borders or part.step % run.checkpoint_every == 0:
+                part._save()
+        part.close()  # without saving: what came after the last checkpoint is lost
+    last = Trainer(run, tmp_path / "parts", io.StringIO())
+    last._steps, last._routers = straight._steps, straight._routers
+    assert last.train()
+    assert_same(straight.state, last.state)
+    assert lines_of(tmp_path / "straight") == lines_of(tmp_path / "parts")
+    for trainer in (straight, last):
         trainer.close()
 
 
