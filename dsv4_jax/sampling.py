@@ -206,15 +206,19 @@ def sample_rows(
     """
     has_bias = (knobs.bias_BJ != 0).any()
     penalizes = (knobs.presence_B != 0) | (knobs.frequency_B != 0) | (knobs.repetition_B != 1)
-    changes = (words_BW != jnp.uint32(EVERYTHING)).any() | has_bias | penalizes.any()
+    masked = (words_BW != jnp.uint32(EVERYTHING)).any()
+
+    def mask(x_BV: Array) -> Array:
+        return jnp.where(_bits(words_BW, x_BV.shape[1]), x_BV, -jnp.inf)
 
     def change(x_BV: Array) -> Array:
-        x_BV = jnp.where(_bits(words_BW, x_BV.shape[1]), x_BV, -jnp.inf)
         rows_B1 = jnp.arange(len(x_BV))[:, None]
         x_BV = x_BV.at[rows_B1, knobs.bias_ids_BJ].add(knobs.bias_BJ, mode="drop")
         return _penalized(x_BV, uses_SV[slots_B], penalizes, knobs)
 
-    logits_BV = lax.cond(changes, change, lambda x: x, logits_BV)
+    # apart: most rows of a server have a mask, few ask for more
+    logits_BV = lax.cond(masked, mask, lambda x: x, logits_BV)
+    logits_BV = lax.cond(has_bias | penalizes.any(), change, lambda x: x, logits_BV)
     keys_B = jax.random.wrap_key_data(knobs.keys_B2)
     return draw(
         logits_BV,
