@@ -156,7 +156,7 @@ def test_slices_lie_along_the_outer_axes():
         ("expert=8", "decode", SIZES),
         ("expert=2,context=2,tensor=2", "decode", SIZES),
         ("expert=8", "decode", SIZES._replace(batch=8)),
-        ("context=8", "prefill", Sizes(1, 131072, 8192)),
+        ("context=8", "prefill", Sizes(1, 32768, 2048)),
     ],
 )
 def test_the_compiler_confirms_bytes_sent(mesh, program, sizes):
