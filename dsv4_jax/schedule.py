@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.config import ModelConfig
@@ -78,7 +79,7 @@ def stack_layers(groups: Sequence[Group], load: Callable[[int], Any]) -> list[li
 
 def _stack(layers: range, load: Callable[[int], Any]) -> Any:
     def empty(a: jax.Array) -> jax.Array:
-        is_real = isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)
+        is_real = isinstance(a, jax.Array) and not isinstance(a, core.Tracer)
         placed = None
         if is_real and isinstance(a.sharding, NamedSharding):
             placed = NamedSharding(a.sharding.mesh, PartitionSpec(None, *a.sharding.spec))
