@@ -6,6 +6,7 @@ sums over every channel; as products they take a third of the time on a CPU.
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -76,7 +77,7 @@ def _spread_backward(num: Numerics, saved: tuple[Array, ...], g_BTMD: Array):
     def weighed(weights: Array) -> Array:
         """Σ over target streams k of weights[k] · g[k]."""
         parts = [w[..., None] * g for w, g in zip(weights, streams, strict=True)]
-        return num.cast(sum(parts[1:], parts[0]))
+        return num.cast(functools.reduce(jnp.add, parts))
 
     return (
         weighed(post_MBT),
