@@ -37,11 +37,14 @@ class Reporter:
     ) -> None:
         self.path = run_dir / FILE
         self._log_every, self._out, self._lines = log_every, out or sys.stdout, 0
+        self._file: TextIO | None = None
         self.rewind(first_step)
         self._board = _tensorboard(run_dir)
 
     def rewind(self, step: int) -> None:
         """Forgets `step` and everything after it."""
+        if self._file is not None:
+            self._file.close()
         kept = [line for line in read(self.path.parent) if line["step"] < step]
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -50,6 +53,7 @@ class Reporter:
 
     def step(self, line: dict[str, Any]) -> None:
         """Reports one step."""
+        assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -63,6 +67,7 @@ class Reporter:
         print(text, file=self._out, flush=True)
 
     def close(self) -> None:
+        assert self._file is not None
         self._file.close()
         if self._board is not None:
             self._board.close()
