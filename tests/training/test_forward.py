@@ -125,6 +125,7 @@ def test_every_parameter_learns():
     assert aux.metrics.loss > 0
 
 
+@pytest.mark.slow
 def test_indexer_learns_from_its_loss_alone():
     """Nothing else moves with it, and it moves with nothing else."""
     params = random_params()

@@ -145,6 +145,7 @@ def random_like(params, seed):
     return jax.tree.unflatten(treedef, drawn)
 
 
+@pytest.mark.slow
 def test_frozen_leaves_and_slots_do_not_move():
     params = random_params()
     grads = random_like(params, 0)

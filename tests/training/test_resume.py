@@ -33,6 +33,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_resumes_within_a_phase(tmp_path):
     path = write_config(tmp_path, SPARSE_ONLY, model=ONE_LAYER)
     quiet = io.StringIO()
