@@ -20,7 +20,7 @@ def move_biases(cfg: ModelConfig, params: Any, loads: Any, speed: Array) -> Any:
     """
 
     def rule(place: Place, leaf: Array) -> Array:
-        if place.spec.dims != "E":
+        if place.spec.dims != "e":
             return leaf
         if place.path[0] == "mtp":
             found = loads["mtp"]

@@ -16,7 +16,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.training.leaves import Place, map_places
 
 Group = Literal["muon", "adamw", "none"]
-ROUTING_STATE = {"E", "VA"}  # biases and hash tables: no gradient moves them
+ROUTING_STATE = {"e", "vA"}  # biases and hash tables: no gradient moves them
 EMBEDDINGS = {"VD"}
 POSITION_BIASES = {"rd"}
 

@@ -265,6 +265,7 @@ def test_a_tool_call_is_shown_and_answered_by_hand(opened):
     page.get_by_role("button", name="Done").click()
     shown.send("What is up?")
     page.get_by_text("Tool call: look").wait_for()
+    page.get_by_label("Result of look").wait_for()  # the arguments have arrived
     assert json.loads(shown.answer().locator("pre").inner_text()) == {"where": "up"}
     assert page.get_by_role("button", name="Send", exact=True).is_disabled()
     page.get_by_label("Result of look").fill("the sky")
