@@ -16,6 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 TOGETHER = ("tests/model/", "tests/serving/engine/")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tells workers of pytest-xdist (`-n`) what to run together: a listed folder, or a file."""
     for item in items:
