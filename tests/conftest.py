@@ -1,6 +1,7 @@
 """Settings for every test: eight emulated CPU devices, and shapes that must match exactly."""
 
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -16,10 +17,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 TOGETHER = ("tests/model/", "tests/serving/engine/")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tells workers of pytest-xdist (`-n`) what to run together: a listed folder, or a file."""
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        group = next((folder for folder in TOGETHER if file.startswith(folder)), file)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tells pytest-xdist (`-n`) what one worker runs: a listed folder, or a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    return Together(config, log)
