@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from dsv4_jax.serving.errors import not_ready, queue_full
+from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
 
 T = TypeVar("T")
 # Work gets a function that says whether nobody waits for its items any more.
@@ -57,8 +57,8 @@ class Job(Generic[T]):
         """Makes the work stop at its next look, or never start; does nothing if it has ended."""
         if not self._cancelled.is_set():
             self._cancelled.set()
-            if self._future is not None:
-                self._future.cancel()
+            if self._future is not None and self._future.cancel():
+                self._queue.put_nowait(_End(cancelled()))  # nobody else will tell who waits
             self._on_cancel()
 
     def submit(self, executor: Executor, then: Callable[[], None]) -> None:
@@ -70,9 +70,10 @@ class Job(Generic[T]):
         """Does the work; runs on the model thread."""
         end = _End()
         try:
-            if not self._must_stop():
-                for item in self._work(self._must_stop):
-                    self._put(item)
+            if self._must_stop():
+                raise cancelled() if self._cancelled.is_set() else not_ready("draining")
+            for item in self._work(self._must_stop):
+                self._put(item)
         except BaseException as error:
             end = _End(error)
         self._put(end)

@@ -152,19 +152,21 @@ def test_a_grammar_that_explodes_ends_its_request_alone(client):
 def test_cancelling(address, client, stream):
     body = ASK | OFF["extra_body"] | {"max_tokens": 1900, "stream": stream}
     body["logit_bias"] = {str(tokenizer().eos_id): -100}
+    name = f"mine-{stream}"
     found: list[httpx.Response] = []
 
     def ask() -> None:
-        headers = {"x-request-id": "mine"}
+        headers = {"x-request-id": name}
         path = f"{address}/v1/chat/completions"
         found.append(httpx.post(path, json=body, headers=headers, timeout=PATIENCE_S))
 
     asking = threading.Thread(target=ask)
     asking.start()
-    cancel = f"{address}/v1/requests/mine/cancel"
+    cancel = f"{address}/v1/requests/{name}/cancel"
     while not httpx.post(cancel).json()["cancelled"]:
         assert asking.is_alive()
     asking.join(PATIENCE_S)
+    assert not asking.is_alive()
     assert "request_cancelled" in found[0].text
 
 
