@@ -1,6 +1,7 @@
 """The forward pass over a mesh: `model`'s functions inside one `jax.shard_map` over all its axes.
 
 Arguments and results are whole arrays, placed as `placement` says; jit these as those of `model`.
+Without a mesh they are those of `model`.
 The batch is split over data, fsdp and expert, heads and vocabulary over tensor, compressed rows
 over context, and so are the new tokens of a chunk that is long enough (`context.can_split`).
 """
@@ -77,6 +78,8 @@ def prefill(
     """
     if count_B is None:
         count_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
+    if shards.mesh is None:
+        return model.prefill(cfg, num, params, tokens_BT, cache, count_B, all_logits)
     shards = for_length(shards, tokens_BT.shape[1])
 
     def run(params: Params, cache: Cache, tokens_BT: Array, count_B: Array) -> Any:
@@ -115,6 +118,8 @@ def draft(
     """`model.draft` over a mesh; the streams are those that `prefill` here returned."""
     if count_B is None:
         count_B = jnp.full(next_BT.shape[0], next_BT.shape[1], jnp.int32)
+    if shards.mesh is None:
+        return model.draft(cfg, num, params, streams_BTMD, next_BT, cache, count_B, all_logits)
     shards = for_length(shards, next_BT.shape[1])
 
     def run(params: Params, cache: Cache, next_BT: Array, count_B: Array, streams: Array) -> Any:
@@ -123,6 +128,24 @@ def draft(
 
     args = (params, cache, next_BT, count_B, streams_BTMD)
     return _over_mesh(cfg, shards, run, all_logits, *args)
+
+
+def logits_of(
+    cfg: ModelConfig, num: Numerics, params: Params, h_BTMD: Array, *, shards: Shards
+) -> Array:
+    """`model.logits_of` over a mesh; whole logits, from streams that every device has."""
+    top = params["top"]
+    if shards.mesh is None:
+        return model.logits_of(cfg, num, params, h_BTMD)
+    assert isinstance(shards.mesh, Mesh)
+
+    def run(top: Params, h_BTMD: Array) -> Array:
+        return shards.join(model.logits_of(cfg, num, {"top": top}, h_BTMD), "vocab", -1)
+
+    placed = param_specs(cfg, shards, is_scanned(cfg, params))["top"]
+    specs = (placed, PartitionSpec()), PartitionSpec()
+    fn = partial(jax.shard_map, mesh=shards.mesh, check_vma=False)
+    return fn(run, in_specs=specs[0], out_specs=specs[1])(top, h_BTMD)
 
 
 def _over_mesh(
@@ -136,8 +159,7 @@ def _over_mesh(
     count_B: Array,
     *streams: Array,
 ) -> Any:
-    if not isinstance(shards.mesh, Mesh):
-        raise ValueError("no mesh: call dsv4_jax.model instead")
+    assert isinstance(shards.mesh, Mesh), "sizes alone run nothing"
     if cache.table_BP is not None and shards.count("context") > 1:
         raise ValueError("a paged cache cannot be split over the context axis")
     scan = is_scanned(cfg, params)

@@ -3,11 +3,13 @@
 python scripts/serve.py                            the demo, on http://127.0.0.1:8000
 python scripts/serve.py --checkpoint runs/v4-flash
 python scripts/serve.py --checkpoint runs/v4-flash --dry-run    only what it would take
+python scripts/serve.py --checkpoint runs/v4-pro --coordinator auto    on every host of a slice
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from dsv4_jax.serving.options import OPTIONS
 from dsv4_jax.serving.settings import UsageError, resolve
 
 if TYPE_CHECKING:
+    from dsv4_jax.serving.hosts import Follower, Leader
     from dsv4_jax.serving.service import Service
 
 DEMO = Path(__file__).parents[1] / "dsv4_jax" / "data" / "demo"
@@ -34,12 +37,16 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(args: SimpleNamespace, folder: str) -> None:
+    from dsv4_jax.serving.hosts import Follower, connect
     from dsv4_jax.serving.launch import listen, serve, url_of
     from dsv4_jax.serving.service import Service, Settings
 
     names = args.served_model_name or (Path(args.checkpoint or "dsv4-demo").resolve().name,)
     if args.dry_run:
         return load(args, folder, names[0])
+    line = connect(args.coordinator)
+    if isinstance(line, Follower):
+        return follow(args, folder, names[0], line)
     listener = listen(args.host, args.port)
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
@@ -50,14 +57,19 @@ def run(args: SimpleNamespace, folder: str) -> None:
     serve(
         service,
         listener,
-        lambda: load(args, folder, names[0], service, url),
+        lambda: load(args, folder, names[0], service, url, line),
         args.drain_timeout,
         args.client_stall_timeout,
     )
 
 
 def load(
-    args: SimpleNamespace, folder: str, name: str, service: Service | None = None, url: str = ""
+    args: SimpleNamespace,
+    folder: str,
+    name: str,
+    service: Service | None = None,
+    url: str = "",
+    line: Leader | None = None,
 ) -> None:
     """Shows the plan and, given a service, makes it ready."""
     from checkpoints.load import load_checkpoint
@@ -66,7 +78,24 @@ def load(
 
     plan = make_plan(args, load_config(folder), folder, name)
     if service is not None:
-        start(args, folder, plan, load_checkpoint, service, url)
+        start(args, folder, plan, load_checkpoint, service, url, line)
+
+
+def follow(args: SimpleNamespace, folder: str, name: str, line: Follower) -> None:
+    """Computes what the first host says; it has the HTTP server, so it decides when to stop."""
+    from checkpoints.load import load_checkpoint
+    from checkpoints.store import load_config
+    from dsv4_jax.serving import start
+
+    for sort in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sort, stop_later)
+    plan = start.make_plan(args, load_config(folder), folder, name)
+    start.follow(args, folder, plan, load_checkpoint, line)
+
+
+def stop_later(sort: int, frame: object) -> None:
+    say("this host stops when the first one does; another signal stops it at once")
+    signal.signal(sort, signal.default_int_handler)
 
 
 def run_demo(args: SimpleNamespace) -> None:
@@ -95,7 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     use_cpu_if_alone()
     try:
+        if args.coordinator or args.hosts or args.host_index is not None:
+            from dsv4_jax.serving.hosts import join
+
+            join(args.coordinator, args.hosts, args.host_index)
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
+    except ConnectionError as error:
+        print(f"serve.py: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a job that lost a process cannot be taken down in order
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1

@@ -90,7 +90,9 @@ def make_rules(
 # Serving never moves weights: `fsdp` is one more axis of experts.
 SERVE = make_rules("SERVE", experts=("fsdp", "expert", "context", "tensor"))
 TRAIN = make_rules("TRAIN", dict.fromkeys(("embed", "q_rank", "group_channels"), ("fsdp",)))
-RULES = {"serve": SERVE, "train": TRAIN}
+# An engine whose devices all see every request: one state, repeated; weights split as for serving.
+ENGINE = make_rules("ENGINE", experts=("expert", "tensor"), batch=(), slots=(), pages=())
+RULES = {"serve": SERVE, "train": TRAIN, "engine": ENGINE}
 
 
 def spec_of(

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding.mesh import AXES, MeshSizes
-from sharding.rules import BATCH, SERVE, Names, Rules, entry_axes, spec_of
+from sharding.rules import SERVE, Names, Rules, entry_axes, spec_of
 
 EXCHANGES = ("gather", "ragged", "padded")
 ROW_BLOCK = 128  # compressed rows that lie together; blocks go to shards in turn
@@ -71,8 +71,8 @@ class Shards:
     @property
     def token_axes(self) -> tuple[str, ...]:
         """Axes along which devices work on different tokens."""
-        used = (*BATCH, "context") if self.split else BATCH
-        return tuple(axis for axis in used if self.size(axis) > 1)
+        own = self.axes("batch")
+        return (*own, *self.axes("context")) if self.split else own
 
     def total(self, x: Array, name: str) -> Array:
         """Σ of float32 parts over the shards of a dimension, in rank order on every device."""

@@ -113,6 +113,9 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
+        if self._service.fatal is not None and not self.should_exit:
+            self._service.thread.stop()
+            self.should_exit = True
         if self._drained_at is not None and not self.should_exit:
             left = self._service.thread.admitted
             if not left or time.monotonic() >= self._drained_at:
@@ -135,7 +138,7 @@ def serve(
     there is something to read is dropped.
 
     Raises:
-        Exception: what `load` raised; the server is stopped then.
+        Exception: what `load` raised, or what the service calls fatal; the server is stopped then.
         KeyboardInterrupt: after a clean stop by Ctrl-C.
     """
     config = uvicorn.Config(
@@ -166,6 +169,8 @@ def serve(
         service.thread.stop()
         if thread.is_alive():
             atexit.register(_leave_at_once)
+    if service.fatal is not None:
+        raise service.fatal
     if failures:
         raise failures[0]
 

@@ -40,6 +40,23 @@ OPTIONS = (
         number(0),
         "G",
     ),
+    Option(
+        "mesh",
+        "model",
+        "devices that share the model: heads over tensor, experts over both",
+        metavar="expert=N,tensor=N",
+        unset="all devices",
+    ),
+    Option(
+        "coordinator",
+        "hosts",
+        "address of host 0, which owns HTTP; start the same command on every host; auto: ask the "
+        "environment (TPU pods, Slurm)",
+        metavar="HOST:PORT|auto",
+        unset="one host",
+    ),
+    Option("hosts", "hosts", "how many there are", read=integer(1), metavar="N", unset="1"),
+    Option("host-index", "hosts", "which one this is", read=integer(0), metavar="I", unset="0"),
     Option("numerics", "model", "arithmetic", "reference", one_of(*NUMERICS), choices(NUMERICS)),
     Option("dtype", "model", "of activations", "bfloat16", one_of(*DTYPES), choices(DTYPES)),
     Option(

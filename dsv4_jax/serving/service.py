@@ -73,6 +73,7 @@ class Service:
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self.counters = Counters()
+        self.fatal: Exception | None = None  # set from any thread, it ends the server
         self.replay = ReplayStore(settings.replay_tokens)
         self._running: dict[tuple[str, str], Cancellable] = {}
         self._loaded: Loaded | None = None

@@ -15,16 +15,21 @@ import jax
 from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.params import abstract, unit_specs
 from dsv4_jax.serving.compile_cache import use_compile_cache
+from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import Sizes
+from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import Engine
+from dsv4_jax.serving.engine.mirror import ProcessLost
 from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
+from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
+from dsv4_jax.serving.mesh import shards_for
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service
 from dsv4_jax.tokenizer import Tokenizer
+from sharding.mesh import shape_of
+from sharding.shards import Shards
 
 DEFAULT_MAX_LEN = 131_072
 GIB = 1 << 30
@@ -42,6 +47,7 @@ class Plan:
     max_len: int
     scheduling: SchedulerConfig
     sizes: Sizes
+    shards: Shards
 
 
 def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -> Plan:
@@ -58,17 +64,19 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     if max_len > cfg.max_len:
         raise ValueError(f"--max-len {max_len} must not exceed the model's {cfg.max_len}")
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
+    shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
     num = Numerics(args.numerics, args.dtype, args.implementation)
     say(f"model    {name}: {cfg.num_layers} layers, {args.checkpoint or 'the demo'}")
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
-    say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}")
+    used = "" if shards.mesh is None else f", mesh {shape_of(shards.mesh)}"
+    say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}{used} (--mesh)")
     how = args.implementation or ("pallas" if num.kernels else "reference")
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
-    say(f"memory   {memory_plan(cfg, num, abstract(cfg, unit_specs(cfg)), sizes)}")
-    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes)
+    say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
+    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
 
 
 def start(
@@ -78,22 +86,15 @@ def start(
     load: Callable[..., tuple[ModelConfig, Any]],
     service: Service,
     url: str,
+    line: Leader | None = None,
 ) -> None:
     """Loads and compiles, then lets requests in and says how to send some.
 
-    `load(folder, progress=…)` gives configuration and parameters; `progress` takes parts done
-    and parts in all.
+    `load(folder, progress=…, shards=…)` gives configuration and parameters; `progress` takes parts
+    done and parts in all. `line`: to the other processes of the job.
     """
     begin = time.monotonic()
-    if (cache := use_compile_cache(args.compile_cache)) is not None:
-        say(f"programs {cache} (--compile-cache)")
-
-    def progress(done: int, total: int) -> None:
-        service.percent = 80 * done // total
-        is_last = done == total or not sys.stdout.isatty()
-        say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
-
-    cfg, params = load(folder, progress=progress)
+    cfg, params = _loaded(args, folder, plan, load, service)
     how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
     name = fingerprint(Path(folder, "manifest.json").read_bytes(), how.encode())
     engine = Engine(
@@ -106,7 +107,16 @@ def start(
         host_cache_bytes=int(args.host_cache_gib * GIB),
         step_timeout_s=args.step_timeout,
         model_name=plan.name,
+        shards=plan.shards,
+        channel=line,
     )
+    if line is not None:
+
+        def lost(reason: ProcessLost) -> None:
+            engine.fail(reason)
+            service.fatal = reason
+
+        line.watch(lost)
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
@@ -123,3 +133,41 @@ def start(
     service.ready(planner, engine, name)
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))
+
+
+def follow(
+    args: SimpleNamespace,
+    folder: str,
+    plan: Plan,
+    load: Callable[..., tuple[ModelConfig, Any]],
+    line: Follower,
+) -> None:
+    """Loads as `start` does, then computes what the first process of the job says until it ends.
+
+    Raises:
+        ProcessLost: the first process is gone.
+    """
+    cfg, params = _loaded(args, folder, plan, load)
+    programs = Programs(cfg, plan.num, params, plan.sizes, plan.shards)
+    say(f"process {jax.process_index()} of {jax.process_count()} follows the first one")
+    mirror.follow(programs, line)
+
+
+def _loaded(
+    args: SimpleNamespace,
+    folder: str,
+    plan: Plan,
+    load: Callable[..., tuple[ModelConfig, Any]],
+    service: Service | None = None,
+) -> tuple[ModelConfig, Any]:
+    if (cache := use_compile_cache(args.compile_cache)) is not None:
+        say(f"programs {cache} (--compile-cache)")
+
+    def progress(done: int, total: int) -> None:
+        if service is not None:
+            service.percent = 80 * done // total
+        is_last = done == total or not sys.stdout.isatty()
+        say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
+
+    spread = None if plan.shards.mesh is None else plan.shards
+    return load(folder, progress=progress, shards=spread)

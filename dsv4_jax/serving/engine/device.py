@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_jax import model
+from dsv4_jax import model, parallel
 from dsv4_jax.cache import Cache, LayerCache, init_paged_cache
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.placement import explain
 from dsv4_jax.sampling import Knobs, Logprobs, logprobs_of, no_logprobs, sample_rows
 from dsv4_jax.serving.engine.units import UNIT
+from sharding.shards import SINGLE, Shards
 
 Rings = list[dict[str, Any]]
 POOLS = ("rows", "keys")  # of a layer, in pages; the rest belongs to slots
@@ -135,8 +138,13 @@ def _view(state: State, batch: Batch) -> Cache:
     )
 
 
-def _sampled(state: State, cache: Cache, logits_BV: Array, batch: Batch) -> tuple[State, Sampled]:
+def _sampled(
+    state: State, cache: Cache, logits_BV: Array, batch: Batch, shards: Shards
+) -> tuple[State, Sampled]:
     """Draws each row's next token and stores it in the row's slot."""
+    if isinstance(shards.mesh, Mesh):  # every device draws the same from whole rows
+        whole = NamedSharding(shards.mesh, PartitionSpec())
+        logits_BV = lax.with_sharding_constraint(logits_BV, whole)
     pos_B, count_B, samples_B = batch.rows_B3.T
     slots_B, knobs = batch.slots_B, batch.knobs
     tokens_B = sample_rows(
@@ -166,17 +174,25 @@ def _sampled(state: State, cache: Cache, logits_BV: Array, batch: Batch) -> tupl
     return state, Sampled(jnp.where(finite_B, tokens_B, FAILED), logprobs)
 
 
-def decode(cfg: ModelConfig, num: Numerics, params: model.Params, state: State, batch: Batch):
+def decode(
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+    params: model.Params,
+    state: State,
+    batch: Batch,
+) -> tuple[State, Sampled]:
     """Computes each slot's last token at its position and samples the one behind it."""
-    cache = _view(state, batch)
+    cache, is_real_B = _view(state, batch), batch.rows_B3[:, 1] > 0
     tokens_B = state.last_S[batch.slots_B]
-    out, cache = model.decode_step(cfg, num, params, tokens_B, cache, batch.rows_B3[:, 1] > 0)
-    return _sampled(state, cache, out.logits, batch)
+    out, cache = parallel.decode_step(cfg, num, params, tokens_B, cache, is_real_B, shards=shards)
+    return _sampled(state, cache, out.logits, batch, shards)
 
 
 def prefill(
     cfg: ModelConfig,
     num: Numerics,
+    shards: Shards,
     params: model.Params,
     state: State,
     batch: Batch,
@@ -184,22 +200,27 @@ def prefill(
 ) -> tuple[State, Sampled, Logprobs]:
     """Computes a chunk of each prompt; the token sampled behind it counts at a prompt's end."""
     cache = _view(state, batch)
-    out, cache = model.prefill(
-        cfg, num, params, prompt.tokens_BT, cache, count_B=batch.rows_B3[:, 1]
+    out, cache = parallel.prefill(
+        cfg, num, params, prompt.tokens_BT, cache, batch.rows_B3[:, 1], shards=shards
     )
     scores = lax.cond(
         prompt.scored_B.any(),
-        partial(_score, cfg, num),
+        partial(_score, cfg, num, shards),
         lambda _, streams, targets: no_logprobs(targets.shape, cfg.vocab_size),
         params,
         out.streams_BTMD,
         prompt.targets_BT,
     )
-    return *_sampled(state, cache, out.logits, batch), scores
+    return *_sampled(state, cache, out.logits, batch, shards), scores
 
 
 def _score(
-    cfg: ModelConfig, num: Numerics, params: model.Params, streams_BTMD: Array, targets_BT: Array
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+    params: model.Params,
+    streams_BTMD: Array,
+    targets_BT: Array,
 ) -> Logprobs:
     """Log-probabilities at every position, with the logits of one block there at a time."""
     batch, length = targets_BT.shape
@@ -209,7 +230,7 @@ def _score(
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, block * SCORE_BLOCK, SCORE_BLOCK, axis=1)
 
-        logits = model.logits_of(cfg, num, params, cut(streams_BTMD))
+        logits = parallel.logits_of(cfg, num, params, cut(streams_BTMD), shards=shards)
         return logprobs_of(logits, cut(targets_BT))
 
     def joined(a: Array) -> Array:
@@ -318,30 +339,76 @@ def _light(program: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Programs:
-    """The jitted programs of one model and one set of sizes."""
+    """The jitted programs of one model and one set of sizes.
 
-    def __init__(self, cfg: ModelConfig, num: Numerics, params: model.Params, sizes: Sizes) -> None:
+    Over a mesh every device holds the whole state and sees all rows; only weights are split.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        num: Numerics,
+        params: model.Params,
+        sizes: Sizes,
+        shards: Shards = SINGLE,
+    ) -> None:
         self.sizes = sizes
         self.vocab_size = cfg.vocab_size
         self.params = params
-        self.init = partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params))
-        self.decode = _light(jax.jit(partial(decode, cfg, num), donate_argnums=1))
-        self.prefill = _light(jax.jit(partial(prefill, cfg, num), donate_argnums=1))
-        self.start_slot = jax.jit(start_slot, donate_argnums=0)
-        self.set_uses = jax.jit(set_uses, donate_argnums=0)
-        self.copy_pages = jax.jit(copy_pages, donate_argnums=0)
-        self.read_pages = jax.jit(read_pages)
-        self.write_pages = jax.jit(write_pages, donate_argnums=0)
-        self.read_slot = jax.jit(read_slot)
-        self.write_slot = jax.jit(write_slot, donate_argnums=0)
-        self.read_checkpoint = jax.jit(read_checkpoint)
-        self.write_checkpoint = jax.jit(write_checkpoint, donate_argnums=0)
-        self.save_rings = jax.jit(save_rings, donate_argnums=0)
-        self.load_rings = jax.jit(load_rings, donate_argnums=0)
+        # Results of programs are bound to where they lie. A state that is not would be another
+        # signature, and the first program of the warm-up be compiled again for the first request.
+        self._everywhere: Any = next(iter(jax.tree.leaves(params)[0].devices()))
+        if isinstance(shards.mesh, Mesh):
+            self._everywhere = NamedSharding(shards.mesh, PartitionSpec())
+        state = partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params))
+        self.init = self._jit(state)
+        self.decode = _light(self._jit(partial(decode, cfg, num, shards), 1))
+        self.prefill = _light(self._jit(partial(prefill, cfg, num, shards), 1))
+        self.start_slot = self._jit(start_slot, 0)
+        self.set_uses = self._jit(set_uses, 0)
+        self.copy_pages = self._jit(copy_pages, 0)
+        self.read_pages = self._jit(read_pages)
+        self.write_pages = self._jit(write_pages, 0)
+        self.read_slot = self._jit(read_slot)
+        self.write_slot = self._jit(write_slot, 0)
+        self.read_checkpoint = self._jit(read_checkpoint)
+        self.write_checkpoint = self._jit(write_checkpoint, 0)
+        self.save_rings = self._jit(save_rings, 0)
+        self.load_rings = self._jit(load_rings, 0)
+
+    def _jit(self, fn: Callable[..., Any], *donated: int) -> Callable[..., Any]:
+        if not isinstance(self._everywhere, NamedSharding):
+            return jax.jit(fn, donate_argnums=donated)
+        program = jax.jit(fn, donate_argnums=donated, out_shardings=self._everywhere)
+
+        def run(*args: Any) -> Any:
+            """Host arrays are placed first: else they would be another signature."""
+            return program(*jax.tree.map(lambda a: a if _is_placed(a) else self.put(a), args))
+
+        return run
+
+    def put(self, tree: Any) -> Any:
+        """Host arrays where the programs want them; of several processes, each brings the same."""
+        where = self._everywhere
+        if getattr(where, "is_fully_addressable", True):
+            return jax.device_put(tree, where)
+
+        def everywhere(a: Any) -> Array:
+            values = np.asarray(a)
+            return jax.make_array_from_callback(values.shape, where, lambda at: values[at])
+
+        return jax.tree.map(lambda a: a if _is_placed(a) else everywhere(a), tree)
+
+    def tie(self, owner: Any, tree: Any) -> None:
+        """What was read, `tree`, is needed as long as `owner` lives: see `mirror.Mirror`."""
+
+
+def _is_placed(a: Any) -> bool:
+    return isinstance(a, jax.Array)
 
 
 class Memory(NamedTuple):
-    """Bytes on the device, by use."""
+    """Bytes on each device, by use."""
 
     weights: int
     slots: int
@@ -349,13 +416,14 @@ class Memory(NamedTuple):
     checkpoints: int
 
 
-def memory(cfg: ModelConfig, num: Numerics, params: Any, sizes: Sizes) -> Memory:
-    """What a configuration takes, without allocating it. Temporaries are not included."""
+def memory(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> Memory:
+    """What a configuration takes on each device, without allocating it, temporaries aside."""
     state = jax.eval_shape(partial(init_state, cfg, num, sizes))
     layers = layers_of(state.cache)
     pages = bytes_of([[layer.get(name) for name in POOLS] for layer in layers])
     slots = bytes_of(layers) - pages + bytes_of(state.uses_SV)
-    return Memory(bytes_of(params), slots, pages, bytes_of(state.checkpoints))
+    weights = sum(row.device_bytes for row in explain(cfg, shards))
+    return Memory(weights, slots, pages, bytes_of(state.checkpoints))
 
 
 def bytes_of(tree: Any) -> int:

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from dsv4_jax.serving.engine.checkpoints import Handle
-from dsv4_jax.serving.engine.device import bytes_of
+from dsv4_jax.serving.engine.device import Programs, bytes_of
 from dsv4_jax.serving.engine.host import Unit
+from dsv4_jax.serving.engine.mirror import Mirror
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.runner import PAGES_AT_ONCE, Runner
 
@@ -23,11 +24,13 @@ from dsv4_jax.serving.engine.runner import PAGES_AT_ONCE, Runner
 class _Copies:
     """Trees of arrays on their way from the device to host memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Programs | Mirror) -> None:
+        self._programs = programs
         self._under_way: list[_Copy] = []
 
     def add(self, tree: Any) -> _Copy:
         copy = _Copy(tree)
+        self._programs.tie(copy, tree)
         for leaf in jax.tree.leaves(tree):
             leaf.copy_to_host_async()
         self._under_way.append(copy)
@@ -68,7 +71,7 @@ class HostMemory:
         self.used = 0  # bytes of the tier
         self._runner = runner
         self._on_evict = on_evict
-        self._copies = _Copies()
+        self._copies = _Copies(runner.programs)
         self._parked: dict[Request, _Parked] = {}
         self._entries: OrderedDict[tuple[str, Unit], _Copy] = OrderedDict()  # oldest use first
         self._sizes: dict[tuple[str, Unit], int] = {}

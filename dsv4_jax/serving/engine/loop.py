@@ -23,6 +23,7 @@ from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import FAILED, Programs, Sizes
 from dsv4_jax.serving.engine.host_memory import HostMemory
 from dsv4_jax.serving.engine.metrics import Metrics
+from dsv4_jax.serving.engine.mirror import Mirror, ProcessLost, Sender
 from dsv4_jax.serving.engine.pages import PageAllocator
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import FinishReason, Request
@@ -33,6 +34,7 @@ from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, 
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
 from dsv4_jax.serving.model import Allowed, TokenGuide, TokenStream
+from sharding.shards import SINGLE, Shards
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # steps under way: the device works on one while the host reads the other
@@ -72,6 +74,8 @@ class Engine:
         host_cache_bytes: Host memory for what the prefix cache evicts.
         step_timeout_s: A step that takes longer ends the engine.
         model_name: What metrics call the model.
+        shards: The mesh its weights are spread over, by the rules `ENGINE`.
+        channel: To the other processes of the mesh, which `mirror.follow` it.
 
     Raises:
         ValueError: sizes that contradict each other.
@@ -88,6 +92,8 @@ class Engine:
         host_cache_bytes: int = 0,
         step_timeout_s: float = STEP_TIMEOUT_S,
         model_name: str = "",
+        shards: Shards = SINGLE,
+        channel: Sender | None = None,
     ) -> None:
         if sizes.slots != scheduling.num_slots or sizes.max_len != scheduling.max_len:
             raise ValueError("sizes of device and scheduler differ")
@@ -99,7 +105,9 @@ class Engine:
             raise ValueError("host_cache_bytes must not be negative, step_timeout_s positive")
         self.max_len, self.config = scheduling.max_len, scheduling
         self.metrics = metrics = Metrics(model_name=model_name, max_len=scheduling.max_len)
-        self.runner = Runner(Programs(cfg, num, params, sizes), scheduling)
+        programs = Programs(cfg, num, params, sizes, shards)
+        self._mirror = None if channel is None else Mirror(programs, channel)
+        self.runner = Runner(self._mirror or programs, scheduling)
         self.pages = PageAllocator(sizes.pages, sizes.page_tokens)
 
         def evicted(tier: str) -> None:
@@ -129,7 +137,7 @@ class Engine:
         self._compiled = 0  # by the engine's thread
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._watchdog = Watchdog(step_timeout_s, self._busy_for, self._stuck)
+        self._watchdog = Watchdog(step_timeout_s, self._busy_for, self.fail)
 
     # What clients call, from any thread.
 
@@ -145,7 +153,17 @@ class Engine:
             self._stopping = True
             self._work.notify_all()
         if self._thread.is_alive():
-            self._thread.join(1.0 if isinstance(self.failure, EngineStuck) else None)
+            self._thread.join(1.0 if isinstance(self.failure, EngineStuck | ProcessLost) else None)
+        if self._mirror is not None and self.failure is None:
+            self._mirror.end()
+
+    def fail(self, reason: BaseException) -> None:
+        """Ends all requests with an error, and takes no more.
+
+        From any thread: the engine's own never holds the lock while it waits for the device.
+        """
+        self.failure = self.failure or reason
+        self._end_all(self.failure)
 
     def drain(self) -> None:
         """Refuses new requests from now on; those that were taken go on."""
@@ -342,8 +360,3 @@ class Engine:
     def _busy_for(self) -> float:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
-
-    def _stuck(self, reason: EngineStuck) -> None:
-        """Gives up on the engine's thread, which never holds the lock while it waits."""
-        self.failure = reason
-        self._end_all(reason)

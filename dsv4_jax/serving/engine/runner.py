@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.sampling import EVERYTHING, Logprobs, count_uses, knobs_of, mask_words
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Batch, Programs, Prompt, Sampled
+from dsv4_jax.serving.engine.mirror import Mirror
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.step import DecodeRow, PageCopy, PrefillRow, SlotStart, StepPlan
 from dsv4_jax.serving.engine.stream import Payload
@@ -84,12 +84,9 @@ class _Fixed:
 class Runner:
     """The device's state and what belongs to it on the host."""
 
-    def __init__(self, programs: Programs, config: SchedulerConfig) -> None:
+    def __init__(self, programs: Programs | Mirror, config: SchedulerConfig) -> None:
         self.programs = programs
-        # Results of programs are bound to their device. A state that is not would be another
-        # signature, and the first program of the warm-up be compiled again for the first request.
-        device = next(iter(jax.tree.leaves(programs.params)[0].devices()))
-        self.state = jax.device_put(programs.init(), device)
+        self.state = programs.put(programs.init())
         self._config = config
         self._scratch = config.num_slots
         shape = (config.num_slots + 1, programs.sizes.table_pages)
@@ -147,9 +144,13 @@ class Runner:
     def _warm_up_returns(self, is_there: bool) -> None:
         """Takes pages, a slot and a checkpoint out and puts them back."""
         programs, slot, handle = self.programs, np.int32(self._scratch), np.int32(0)
+        owners: list[set[int]] = []  # of what was read, until here
 
         def out(tree: Any) -> Any:
-            return jax.device_get(tree) if is_there else tree
+            tree = jax.device_get(tree) if is_there else tree
+            owners.append(set())
+            programs.tie(owners[-1], tree)
+            return tree
 
         for count in (1, PAGES_AT_ONCE):
             pages = np.zeros(count, np.int32)
@@ -257,12 +258,12 @@ class Runner:
             payloads = [row.request.payload for row in rows]
             values = [(payload.sampling, payload.key_2) for payload in payloads]
             host_words = self._allowed(rows, size)
-            slots_B, knobs = jax.device_put((slots, knobs_of(values, size)))
-            words = self._everything(size) if host_words is None else jax.device_put(host_words)
+            slots_B, knobs = self.programs.put((slots, knobs_of(values, size)))
+            words = self._everything(size) if host_words is None else self.programs.put(host_words)
         else:
             slots_B, knobs = last.slots_B, last.knobs
             words, host_words = last.words_BW, last.host_words_BW
-        table_BP = jax.device_put(self._tables[slots])
+        table_BP = self.programs.put(self._tables[slots])
         fixed = _Fixed(key, self._tables_version, slots_B, table_BP, knobs, words, host_words)
         self._fixed[kind] = fixed
         return fixed
@@ -325,16 +326,16 @@ class Runner:
     def _constant(self, shape: tuple[int, ...], value: int, dtype: type) -> Any:
         key = (*shape, value)
         if key not in self._blank:
-            self._blank[key] = jax.device_put(np.full(shape, value, dtype))
+            self._blank[key] = self.programs.put(np.full(shape, value, dtype))
         return self._blank[key]
 
     def _padding(self, size: int) -> Batch:
         """A batch of nothing."""
         return Batch(
             np.zeros((size, 3), np.int32),
-            jnp.full(size, self._scratch, jnp.int32),
-            jax.device_put(self._tables[np.full(size, self._scratch)]),
-            jax.device_put(knobs_of([], size)),
+            self.programs.put(np.full(size, self._scratch, np.int32)),
+            self.programs.put(self._tables[np.full(size, self._scratch)]),
+            self.programs.put(knobs_of([], size)),
             self._everything(size),
         )
 

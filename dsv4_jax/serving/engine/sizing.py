@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dsv4_jax.cache import page_unit
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
@@ -11,6 +9,7 @@ from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Sizes, memory
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.waiting import QueueLimits
+from sharding.shards import SINGLE, Shards
 
 CHUNK = 256  # tokens of a prompt computed in one step
 CHECKPOINTS = 64
@@ -54,9 +53,9 @@ def plan_sizes(
     return scheduling, Sizes(slots, pages, UNIT, max_len, CHECKPOINTS)
 
 
-def memory_plan(cfg: ModelConfig, num: Numerics, params: Any, sizes: Sizes) -> str:
-    """What the device holds, by use, as a line to show."""
-    plan = memory(cfg, num, params, sizes)
+def memory_plan(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> str:
+    """What each device holds, by use, as a line to show."""
+    plan = memory(cfg, num, sizes, shards)
     tokens = (sizes.pages - 1) * sizes.page_tokens
     parts = (
         f"weights {_size(plan.weights)}",

@@ -89,7 +89,7 @@ def test_sizes_that_cannot_hold_a_context_are_refused():
 def test_memory_plan_names_every_use():
     cfg = presets.v4_flash()
     _, sizes = plan_sizes(cfg, 1 << 20, 8, 1 << 20)
-    line = memory_plan(cfg, Numerics(), {}, sizes)
+    line = memory_plan(cfg, Numerics(), sizes)
     assert "cache of 1,048,576 tokens 3.68 GB" in line
     assert "8 slots" in line and "checkpoints" in line
 
