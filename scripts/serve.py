@@ -54,6 +54,8 @@ def run(args: SimpleNamespace, folder: str) -> None:
     followed = args.slots + min(WAITING_PER_SLOT * args.slots, MAX_WAITING)
     service = Service(Settings(names, notice, args.api_key, parallel=followed, max_waiting=0))
     url = url_of(listener)
+    if line is not None:
+        line.watch(service.fail)
     serve(
         service,
         listener,
@@ -127,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.coordinator or args.hosts or args.host_index is not None:
             from dsv4_jax.serving.hosts import join
 
+            if not args.checkpoint:
+                raise ValueError("several hosts need --checkpoint: the demo is for one")
             join(args.coordinator, args.hosts, args.host_index)
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
     except ConnectionError as error:

@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,7 +73,8 @@ class Service:
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self.counters = Counters()
-        self.fatal: Exception | None = None  # set from any thread, it ends the server
+        self.fatal: Exception | None = None  # ends the server
+        self.on_fatal: Callable[[Exception], object] = lambda reason: None
         self.replay = ReplayStore(settings.replay_tokens)
         self._running: dict[tuple[str, str], Cancellable] = {}
         self._loaded: Loaded | None = None
@@ -83,6 +84,11 @@ class Service:
         """Lets requests in; may be called from any thread."""
         self._loaded = Loaded(planner, model, fingerprint)
         self.phase, self.percent = "ready", 100
+
+    def fail(self, reason: Exception) -> None:
+        """Ends the server; may be called from any thread."""
+        self.fatal = reason
+        self.on_fatal(reason)
 
     @property
     def has_failed(self) -> bool:

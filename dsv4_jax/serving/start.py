@@ -20,7 +20,6 @@ from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import Engine
-from dsv4_jax.serving.engine.mirror import ProcessLost
 from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
@@ -110,13 +109,7 @@ def start(
         shards=plan.shards,
         channel=line,
     )
-    if line is not None:
-
-        def lost(reason: ProcessLost) -> None:
-            engine.fail(reason)
-            service.fatal = reason
-
-        line.watch(lost)
+    service.on_fatal = engine.fail
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
