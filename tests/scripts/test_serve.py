@@ -81,8 +81,11 @@ def test_a_port_in_use_is_one_line(capsys):
 def test_a_dry_run_shows_the_plan_and_opens_no_port(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert main(["--dry-run", "--max-len", "512", "--port", port]) == 0
-    shown = capsys.readouterr().out
+        command = ["--dry-run", "--max-len", "512", "--port", port, "--mesh"]
+        assert main([*command, "tensor=1"]) == 0
+        shown = capsys.readouterr().out
+        assert main([*command, "expert=4"]) == 0
+    assert "mesh expert=4" in capsys.readouterr().out
     assert "context  512 of 8,192 tokens" in shown and "memory   weights 2.0 MB" in shown
     assert "loading" not in shown
 
