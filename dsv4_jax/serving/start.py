@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
@@ -70,7 +71,7 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"model    {name}: {cfg.num_layers} layers, {args.checkpoint or 'the demo'}")
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")
-    used = "" if shards.mesh is None else f", mesh {shape_of(shards.mesh)}"
+    used = f", mesh {shape_of(shards.mesh)}" if isinstance(shards.mesh, Mesh) else ""
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}{used} (--mesh)")
     how = args.implementation or ("pallas" if num.kernels else "reference")
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
