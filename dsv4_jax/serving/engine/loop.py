@@ -29,7 +29,7 @@ from dsv4_jax.serving.engine.request import FinishReason, Request
 from dsv4_jax.serving.engine.runner import Landed, Launched, Row, Runner
 from dsv4_jax.serving.engine.scheduler import Delivery, Scheduler
 from dsv4_jax.serving.engine.step import StepPlan
-from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, token_of
+from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, SlowReader, token_of
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
 from dsv4_jax.serving.model import Allowed, TokenGuide, TokenStream
@@ -337,6 +337,11 @@ class Engine:
                 with self._lock:
                     self._fail(request, error)
                 return
+        if payload.is_behind:
+            log.warning("request %s: its reader is too slow", request.id)
+            with self._lock:
+                self._fail(request, SlowReader("the stream is read more slowly than it grows"))
+            return
         best = payload.sampling.logprobs
         payload.ready.append(token_of(delivery.token, part.logprobs, index, best))
         self._ready.add(payload)

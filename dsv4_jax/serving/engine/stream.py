@@ -15,6 +15,11 @@ from dsv4_jax.serving.engine.step import PrefillRow
 from dsv4_jax.serving.model import Allowed, Token, TokenGuide
 
 HAND_OUT_S = 0.02  # a reader is woken no more often: each time costs tens of microseconds
+MAX_UNREAD = 200_000  # ids and log-probabilities of a stream that nobody has read
+
+
+class SlowReader(RuntimeError):
+    """A stream is read more slowly than it grows."""
 
 
 class EngineError(RuntimeError):
@@ -43,6 +48,13 @@ class Payload:
     scores: list[Token | None] = field(default_factory=lambda: [None])
     ready: list[Token] = field(default_factory=list)
     handed_s: float = float("-inf")
+    given: int = 0  # numbers, written by the engine
+    taken: int = 0  # and by the reader
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the reader leaves too much to wait for him."""
+        return self.given - self.taken > MAX_UNREAD
 
     def hand_out(self, now_s: float) -> bool:
         """Gives the reader what is ready, unless he was woken a moment ago."""
@@ -59,6 +71,7 @@ class Payload:
 
     def _put_ready(self) -> None:
         if self.ready:
+            self.given += size_of(self.ready)
             self.out.put(self.ready)
             self.ready = []
 
@@ -68,6 +81,11 @@ class Payload:
         for i in range(len(row.tokens)):
             if (position := row.start + i + 1) < len(prompt):
                 self.scores.append(token_of(prompt[position], scores, (index, i), best))
+
+
+def size_of(tokens: Sequence[Token]) -> int:
+    """Numbers that tokens hold, about."""
+    return sum(1 + len(token.top) for token in tokens)
 
 
 def token_of(
@@ -99,14 +117,16 @@ class RequestStream:
         return self
 
     def __next__(self) -> Token:
-        if not self._here and self._end is None:
+        while not self._here and self._end is None:
             item = self._payload.out.get()
             if isinstance(item, FinishReason):
                 self._end = item
             else:
+                self._payload.taken += size_of(item)
                 self._here.extend(item)
         if self._here:
             return self._here.popleft()
+        assert self._end is not None
         if not self._is_closed and self._end not in (FinishReason.STOP, FinishReason.LENGTH):
             problem = f"the request ended early: {self._end}"
             raise EngineError(problem, self._end) from self._payload.error
