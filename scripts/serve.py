@@ -140,8 +140,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("stopped")
+        say_if_heard("stopped")
     return 0
+
+
+def say_if_heard(text: str) -> None:
+    """As `say`, but nobody may be reading any more."""
+    try:
+        say(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or leaving would try again
 
 
 if __name__ == "__main__":

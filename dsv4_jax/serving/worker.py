@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
 
 T = TypeVar("T")
+MAX_READY = 1024  # items of a job that nobody has taken; then its work waits
+LOOK_S = 1.0  # how often work that waits looks whether it must stop
 # Work gets a function that says whether nobody waits for its items any more.
 Work = Callable[[Callable[[], bool]], Iterable[T]]
 
@@ -35,6 +37,7 @@ class Job(Generic[T]):
         self._cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[T | _End] = asyncio.Queue()
+        self._room = threading.Semaphore(MAX_READY)
         self._future: Future[None] | None = None
 
     async def next(self) -> list[T] | None:
@@ -47,6 +50,8 @@ class Job(Generic[T]):
         while not isinstance(batch[-1], _End) and not self._queue.empty():
             batch.append(self._queue.get_nowait())
         items = [item for item in batch if not isinstance(item, _End)]
+        if items:
+            self._room.release(len(items))
         if isinstance(end := batch[-1], _End):
             self._queue.put_nowait(end)  # for the next call
             if not items and end.error is not None:
@@ -73,6 +78,8 @@ class Job(Generic[T]):
             if self._must_stop():
                 raise cancelled() if self._cancelled.is_set() else not_ready("draining")
             for item in self._work(self._must_stop):
+                while not self._room.acquire(timeout=LOOK_S) and not self._must_stop():
+                    pass
                 self._put(item)
         except BaseException as error:
             end = _End(error)

@@ -95,6 +95,27 @@ def test_a_context_beyond_the_model_s_is_refused(capsys):
     assert "--max-len 9000 must not exceed the model's 8192" in capsys.readouterr().err
 
 
+def test_stopping_is_clean_although_nobody_reads_any_more():
+    program = """
+import os, sys
+from scripts import serve
+def interrupted(args):
+    sys.stdout.flush()
+    sys.stdin.read()  # until the reader of stdout is gone
+    raise KeyboardInterrupt
+serve.run_demo = interrupted
+sys.exit(serve.main([]))
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        child.stdin.close()
+        errors = child.stderr.read()
+    assert (child.returncode, errors) == (0, b"")
+
+
 @pytest.mark.slow
 def test_the_demo_answers_and_stops_cleanly():
     command = [sys.executable, "scripts/serve.py", "--port", "0", "--max-len", "512"]

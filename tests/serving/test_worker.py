@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dsv4_jax.serving.errors import ApiError
-from dsv4_jax.serving.worker import Job, ModelThread
+from dsv4_jax.serving.worker import MAX_READY, Job, ModelThread
 from tests.serving.fakes import PATIENCE_S
 
 
@@ -149,5 +149,36 @@ def test_closing_stops_work_and_refuses_more():
         with pytest.raises(ApiError) as refused:
             thread.admit(endless)
         assert never_started.value.status == refused.value.status == 503
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_work_that_nobody_takes_waits(is_cancelled, monkeypatch):
+    monkeypatch.setattr("dsv4_jax.serving.worker.LOOK_S", 0.01)
+    more = MAX_READY + 10
+
+    async def check() -> None:
+        made: list[int] = []
+
+        def work(must_stop: Callable[[], bool]) -> Iterator[int]:
+            for item in range(more):
+                if must_stop():
+                    return
+                made.append(item)
+                yield item
+
+        thread: ModelThread[int] = ModelThread(max_waiting=0)
+        job = thread.admit(work)
+        await until(lambda: len(made) > MAX_READY)
+        await asyncio.sleep(0.05)
+        assert len(made) == MAX_READY + 1
+        if is_cancelled:
+            job.cancel()
+        else:
+            assert await all_of(job) == list(range(more))
+        await until(lambda: thread.admitted == 0)
+        assert len(made) == (MAX_READY + 1 if is_cancelled else more)
+        await thread.close()
 
     asyncio.run(check())

@@ -30,7 +30,7 @@ from dsv4_jax.serving.engine.request import FinishReason, Request
 from dsv4_jax.serving.engine.runner import Landed, Launched, Row, Runner
 from dsv4_jax.serving.engine.scheduler import Delivery, Scheduler
 from dsv4_jax.serving.engine.step import StepPlan
-from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, token_of
+from dsv4_jax.serving.engine.stream import EngineError, Payload, RequestStream, SlowReader, token_of
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.watchdog import EngineStuck, Watchdog
 from dsv4_jax.serving.model import Allowed, TokenGuide, TokenStream
@@ -132,6 +132,7 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._ids = itertools.count()
+        self._ready: set[Payload] = set()  # with tokens that no reader has yet
         self._stopping = False
         self.failure: BaseException | None = None
         self._compiled = 0  # by the engine's thread
@@ -261,18 +262,20 @@ class Engine:
                 plan = self.scheduler.plan() if len(under_way) < LOOK_AHEAD else None
                 self._report()
                 if plan is None and not under_way:
+                    self._hand_out()
                     self._busy_since = None
                     self._work.wait(IDLE_WAIT_S)
                     continue
             if plan is not None:
                 under_way.append(self._launch(plan))
+            self._hand_out()
             if plan is None or len(under_way) == LOOK_AHEAD:
                 self._collect(under_way.popleft())
             self._count_compiles()
 
     def _report(self) -> None:
         for request in self.scheduler.take_finished():
-            request.payload.out.put(request.finish_reason)
+            request.payload.end(request.finish_reason)
 
     def _count_compiles(self) -> None:
         if (total := compiled_here()) > self._compiled:
@@ -352,8 +355,19 @@ class Engine:
                 with self._lock:
                     self._fail(request, error)
                 return
+        if payload.is_behind:
+            log.warning("request %s: its reader is too slow", request.id)
+            with self._lock:
+                self._fail(request, SlowReader("the stream is read more slowly than it grows"))
+            return
         best = payload.sampling.logprobs
-        payload.out.put(token_of(delivery.token, part.logprobs, index, best))
+        payload.ready.append(token_of(delivery.token, part.logprobs, index, best))
+        self._ready.add(payload)
+
+    def _hand_out(self) -> None:
+        """Wakes readers, best while the device works: they contend with this thread."""
+        now_s = time.monotonic()
+        self._ready = {payload for payload in self._ready if not payload.hand_out(now_s)}
 
     # The watchdog's thread.
 

@@ -352,8 +352,10 @@ def _own_mask(row: Row, width: int) -> np.ndarray | None:
     allowed, words_W = payload.allowed, None
     if allowed is not None and allowed.early_W is not None and _drawn(row) < allowed.early:
         words_W = allowed.early_W
+    if payload.guide is None:
+        return words_W
     mine = np.full(width, EVERYTHING, np.uint32)
-    if payload.guide is None or not payload.guide.fill(mine):
+    if not payload.guide.fill(mine):
         return words_W
     if words_W is None and allowed is not None:
         words_W = allowed.words_W

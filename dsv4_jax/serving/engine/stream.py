@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,13 @@ from dsv4_jax.sampling import Logprobs, SamplingParams
 from dsv4_jax.serving.engine.request import FinishReason, Request
 from dsv4_jax.serving.engine.step import PrefillRow
 from dsv4_jax.serving.model import Allowed, Token, TokenGuide
+
+HAND_OUT_S = 0.02  # a reader is woken no more often: each time costs tens of microseconds
+MAX_UNREAD = 200_000  # ids and log-probabilities of a stream that nobody has read
+
+
+class SlowReader(RuntimeError):
+    """A stream is read more slowly than it grows."""
 
 
 class EngineError(RuntimeError):
@@ -27,16 +35,45 @@ class Payload:
     """What the engine keeps of a request: how it samples, and where its tokens go.
 
     `error` says why the request failed. `scores` are the prompt's log-probabilities so far. The
-    words of `allowed` are as many as the model's vocabulary takes.
+    words of `allowed` are as many as the model's vocabulary takes. Tokens are `ready` until the
+    reader is woken, who gets all of them at once.
     """
 
     sampling: SamplingParams
     guide: TokenGuide | None
     key_2: np.ndarray
-    out: queue.SimpleQueue[Token | FinishReason] = field(default_factory=queue.SimpleQueue)
+    out: queue.SimpleQueue[list[Token] | FinishReason] = field(default_factory=queue.SimpleQueue)
     error: BaseException | None = None
     allowed: Allowed | None = None
     scores: list[Token | None] = field(default_factory=lambda: [None])
+    ready: list[Token] = field(default_factory=list)
+    handed_s: float = float("-inf")
+    given: int = 0  # numbers, written by the engine
+    taken: int = 0  # and by the reader
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the reader leaves too much to wait for him."""
+        return self.given - self.taken > MAX_UNREAD
+
+    def hand_out(self, now_s: float) -> bool:
+        """Gives the reader what is ready, unless he was woken a moment ago."""
+        if now_s - self.handed_s < HAND_OUT_S:
+            return False
+        self.handed_s = now_s
+        self._put_ready()
+        return True
+
+    def end(self, reason: FinishReason) -> None:
+        """Gives the reader the rest, and how it ended."""
+        self._put_ready()
+        self.out.put(reason)
+
+    def _put_ready(self) -> None:
+        if self.ready:
+            self.given += size_of(self.ready)
+            self.out.put(self.ready)
+            self.ready = []
 
     def add_scores(self, row: PrefillRow, scores: Logprobs, index: int) -> None:
         """Takes the log-probabilities of row `index` of a step: those behind each of its tokens."""
@@ -44,6 +81,11 @@ class Payload:
         for i in range(len(row.tokens)):
             if (position := row.start + i + 1) < len(prompt):
                 self.scores.append(token_of(prompt[position], scores, (index, i), best))
+
+
+def size_of(tokens: Sequence[Token]) -> int:
+    """Numbers that tokens hold, about."""
+    return sum(1 + len(token.top) for token in tokens)
 
 
 def token_of(
@@ -67,6 +109,7 @@ class RequestStream:
     def __init__(self, request: Request, payload: Payload) -> None:
         self.request = request
         self._payload = payload
+        self._here: deque[Token] = deque()
         self._end: FinishReason | None = None
         self._is_closed = False
 
@@ -74,11 +117,16 @@ class RequestStream:
         return self
 
     def __next__(self) -> Token:
-        if self._end is None:
+        while not self._here and self._end is None:
             item = self._payload.out.get()
-            if isinstance(item, Token):
-                return item
-            self._end = item
+            if isinstance(item, FinishReason):
+                self._end = item
+            else:
+                self._payload.taken += size_of(item)
+                self._here.extend(item)
+        if self._here:
+            return self._here.popleft()
+        assert self._end is not None
         if not self._is_closed and self._end not in (FinishReason.STOP, FinishReason.LENGTH):
             problem = f"the request ended early: {self._end}"
             raise EngineError(problem, self._end) from self._payload.error
