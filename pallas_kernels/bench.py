@@ -45,6 +45,7 @@ OPS = {
     "block_matmul": Op("pallas_kernels.block_matmul.shapes", "FULL"),
     "grouped_matmul": Op("pallas_kernels.grouped_matmul.shapes", "FULL", ("up", "down")),
     "mhc": Op("pallas_kernels.mhc.shapes", "FULL", ("mix", "spread")),
+    "query_heads": Op("pallas_kernels.query_heads.shapes"),
     "compress_step": Op("pallas_kernels.compress_step.shapes"),
     "index_topk": Op("pallas_kernels.index_topk.shapes"),
     "sparse_attention": Op("pallas_kernels.sparse_attention.shapes"),
