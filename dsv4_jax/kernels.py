@@ -20,7 +20,7 @@ from dsv4_jax.indexer import IndexQuery, score_tile
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation
 from pallas_kernels.index_topk import api as index_topk
-from pallas_kernels.query_heads import api as query_heads_api
+from pallas_kernels.query_heads import api as head_kernel
 from pallas_kernels.sparse_attention import api as sparse_attention
 from sharding.shards import Shards
 
@@ -31,13 +31,15 @@ def query_heads(q_BTx: Array, turn: Rotation, cfg: ModelConfig, num: Numerics) -
     """Heads `[B, T, N, H]` of this device, normed and turned."""
     batch, fresh = q_BTx.shape[:2]
     heads = q_BTx.shape[2] // cfg.head_dim
-    angles = (
-        jnp.broadcast_to(a, (batch, *a.shape[1:])).reshape(batch * fresh, -1)
-        for a in (turn.cos, turn.sin)
-    )
-    q_UNH = query_heads_api.query_heads(
+
+    def per_token(a: Array) -> Array:
+        """`[B·T, pairs]`, also where all sequences share their angles."""
+        return jnp.broadcast_to(a, (batch, *a.shape[1:])).reshape(batch * fresh, -1)
+
+    q_UNH = head_kernel.query_heads(
         q_BTx.reshape(batch * fresh, -1),
-        *angles,
+        per_token(turn.cos),
+        per_token(turn.sin),
         heads,
         eps=cfg.norm_eps,
         rounds=num.rounds,
