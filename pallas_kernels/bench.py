@@ -47,6 +47,7 @@ OPS = {
     "mhc": Op("pallas_kernels.mhc.shapes", "FULL", ("mix", "spread")),
     "query_heads": Op("pallas_kernels.query_heads.shapes"),
     "compress_step": Op("pallas_kernels.compress_step.shapes"),
+    "compress_chunk": Op("pallas_kernels.compress_chunk.shapes"),
     "index_topk": Op("pallas_kernels.index_topk.shapes"),
     "sparse_attention": Op("pallas_kernels.sparse_attention.shapes"),
     "row_update": Op("pallas_kernels.row_update.shapes"),

@@ -20,5 +20,6 @@ def query_heads(
     still = x.shape[-1] - 2 * cos_Ur.shape[-1]
     a, b = x[..., still::2], x[..., still + 1 :: 2]
     cos, sin = cos_Ur[:, None], sin_Ur[:, None]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(*x.shape[:2], -1)
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    turned = turned.reshape(*x.shape[:2], x.shape[-1] - still)
     return jnp.concatenate([x[..., :still], round_bf16(turned)], axis=-1).astype(jnp.bfloat16)
