@@ -47,8 +47,11 @@ class Attention(nn.Module):
         turn = chunk.rope_rows if self.ratio else chunk.rope_window
         latent_BTQ = rms_norm(linear(x_BTD, w["wq_a"], num), w["q_norm"], cfg.norm_eps, num)
         q_BTx = linear(latent_BTQ, w["wq_b"], num)
-        q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], -1, cfg.head_dim)  # heads of this device
-        q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
+        if num.matrix_kernels:
+            q_BTNH = kernels.query_heads(q_BTx, turn, cfg, num)
+        else:
+            q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], -1, cfg.head_dim)  # heads of this device
+            q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
         kv_BTH = rms_norm(linear(x_BTD, w["wkv"], num), w["kv_norm"], cfg.norm_eps, num)
         kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
 

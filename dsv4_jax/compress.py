@@ -15,6 +15,7 @@ from dsv4_jax.config import CSA
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.rope import Rotation, rotate, rotation
+from pallas_kernels.compress_chunk.api import pool_windows
 from pallas_kernels.compress_step.api import compress_step
 from sharding.shards import SINGLE, Shards
 
@@ -110,6 +111,12 @@ def compress(
     num_new = -(-fresh // ratio)
 
     def finished(_) -> Array:
+        if fresh > 1 and num.kernels:
+            try:
+                return finish(_pool_by_kernel(recent(), chunk.pos_B, num_new, ratio, num))
+            except NotImplementedError:
+                if num.implementation is not None:
+                    raise
         return finish(_pool_windows(recent(), chunk.pos_B, num_new, ratio, row_dim))
 
     if fresh >= ratio:
@@ -188,7 +195,20 @@ def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_di
     channels speaks for the next window, the second half for the own one.
     """
     overlap = 2 if ratio == CSA else 1
-    span = (num_new + overlap - 1) * ratio
+    values, scores = _windows_from(recent, pos_B, num_new + overlap - 1, ratio)
+    if overlap == 1:
+        return pool(values, scores)
+    has_previous = (pos_B[:, None] // ratio + jnp.arange(num_new)[None]) > 0
+    before = jnp.where(has_previous[..., None, None], scores[:, :-1, :, :row_dim], -jnp.inf)
+    return pool(
+        jnp.concatenate([values[:, :-1, :, :row_dim], values[:, 1:, :, row_dim:]], axis=2),
+        jnp.concatenate([before, scores[:, 1:, :, row_dim:]], axis=2),
+    )
+
+
+def _windows_from(recent: Recent, pos_B: Array, count: int, ratio: int) -> tuple[Array, Array]:
+    """Values and scores of `count` windows `[B, count, ratio, d]`, the first that a row needs."""
+    overlap, span = 2 if ratio == CSA else 1, count * ratio
     first_B = pos_B - pos_B % ratio - (overlap - 1) * ratio
     begin_B = None if recent.start_B is None else first_B - recent.start_B
 
@@ -199,12 +219,21 @@ def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_di
         cut = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
         return cut(padded, begin_B).reshape(len(pos_B), -1, ratio, a.shape[-1])
 
-    values, scores = windows(recent.values), windows(recent.scores)
-    if overlap == 1:
-        return pool(values, scores)
-    has_previous = (pos_B[:, None] // ratio + jnp.arange(num_new)[None]) > 0
-    before = jnp.where(has_previous[..., None, None], scores[:, :-1, :, :row_dim], -jnp.inf)
-    return pool(
-        jnp.concatenate([values[:, :-1, :, :row_dim], values[:, 1:, :, row_dim:]], axis=2),
-        jnp.concatenate([before, scores[:, 1:, :, row_dim:]], axis=2),
+    return windows(recent.values), windows(recent.scores)
+
+
+def _pool_by_kernel(recent: Recent, pos_B: Array, num_new: int, ratio: int, num: Numerics) -> Array:
+    """`_pool_windows`, with windows in pairs where they overlap: the kernel takes tokens in 8s."""
+    overlaps = ratio == CSA
+    count = -(-(num_new + 1) // 2) * 2 if overlaps else num_new
+    values, scores = _windows_from(recent, pos_B, count, ratio)
+    flat = len(pos_B), count * ratio, values.shape[-1]
+    rows = pool_windows(
+        values.reshape(flat),
+        scores.reshape(flat),
+        pos_B // ratio,
+        ratio=ratio,
+        overlaps=overlaps,
+        implementation=num.kernels,  # type: ignore[arg-type]
     )
+    return rows[:, :num_new]

@@ -20,10 +20,32 @@ from dsv4_jax.indexer import IndexQuery, score_tile
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation
 from pallas_kernels.index_topk import api as index_topk
+from pallas_kernels.query_heads import api as head_kernel
 from pallas_kernels.sparse_attention import api as sparse_attention
 from sharding.shards import Shards
 
 PACKED_PAGE, PLAIN_PAGE = 128, 16  # rows of a page that can be copied into part of a tile
+
+
+def query_heads(q_BTx: Array, turn: Rotation, cfg: ModelConfig, num: Numerics) -> Array:
+    """Heads `[B, T, N, H]` of this device, normed and turned."""
+    batch, fresh = q_BTx.shape[:2]
+    heads = q_BTx.shape[2] // cfg.head_dim
+
+    def per_token(a: Array) -> Array:
+        """`[B·T, pairs]`, also where all sequences share their angles."""
+        return jnp.broadcast_to(a, (batch, *a.shape[1:])).reshape(batch * fresh, -1)
+
+    q_UNH = head_kernel.query_heads(
+        q_BTx.reshape(batch * fresh, -1),
+        per_token(turn.cos),
+        per_token(turn.sin),
+        heads,
+        eps=cfg.norm_eps,
+        rounds=num.rounds,
+        implementation=None if num.implementation is None else num.matrix_kernels,
+    )
+    return q_UNH.reshape(batch, fresh, heads, -1)
 
 
 def attend(

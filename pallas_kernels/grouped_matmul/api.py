@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import kernel, reference
+from pallas_kernels.grouped_matmul import kernel, reference, resident
 from pallas_kernels.grouped_matmul.plan import plan_rows, row_tile
 
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
@@ -61,7 +61,8 @@ def grouped_matmul(
         experts = weight.codes.shape[1]
         plan = plan_rows(owner_Y, experts, row_tile(x_YK.shape[0], experts))
         x_PYK = kernel.prepare(x_YK, round_activations, kernel.describe(weight).is_fp4, interpret)
-        y_ZN = kernel.product(_take(x_PYK, plan.source_Z), weight, plan, layer_1, interpret)
+        x_PZK = _take(x_PYK, jnp.maximum(plan.source_Z, 0))
+        y_ZN = kernel.product(x_PZK, weight, plan, layer_1, interpret)
         return y_ZN.at[plan.slot_Y].get(mode="fill", fill_value=0)
 
     args = (x_YK, owner_Y, layer_1, weight)
@@ -85,10 +86,11 @@ def routed_experts(
     """Σ over each token's experts of w2(silu(w1 x) · (w3 x) · weight), float32 `[U, D]`.
 
     Expert ids outside [0, E) contribute nothing: padding tokens, or experts of other devices.
-    Experts of one token add up in the order given. gate ≤ limit and |up| ≤ limit if `limit` is not
-    zero. The three products, the hidden row and its product with the routing weight are rounded to
-    bfloat16 where the official code does; `round_activations` also rounds both inputs to FP8 per
-    row and 128 channels. `implementation` and `interpret_params` as in `grouped_matmul`.
+    A token names an expert at most once, in ascending order, and they add up in that order.
+    gate ≤ limit and |up| ≤ limit if `limit` is not zero. The three products, the hidden row and its
+    product with the routing weight are rounded to bfloat16 where the official code does;
+    `round_activations` also rounds both inputs to FP8 per row and 128 channels. `implementation`
+    and `interpret_params` as in `grouped_matmul`.
 
     Raises:
         ValueError: shapes or dtypes do not fit; the message says which.
@@ -107,24 +109,27 @@ def routed_experts(
         return _sum_experts(y_YD, jnp.arange(tokens * per_token).reshape(tokens, per_token))
 
     def tiled(x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2, interpret=False):
-        experts = w1.codes.shape[1]
+        experts, few = w1.codes.shape[1], tokens <= resident.MAX_TOKENS
         plan = plan_rows(experts_UA.reshape(-1), experts, row_tile(experts_UA.size, experts))
+        is_finite_U1 = jnp.isfinite(x_UD).all(1, keepdims=True)
+        if few:  # what is not finite must not reach other tokens
+            x_UD = jnp.where(is_finite_U1, x_UD, 0)
+            x_UD = jnp.pad(x_UD, ((0, -tokens % kernel.ROWS), (0, 0)))
         x_PUD = kernel.prepare(x_UD, round_activations, kernel.describe(w1).is_fp4, interpret)
-        hidden_PZF = kernel.swiglu(
-            _take(x_PUD, plan.source_Z // per_token),
-            weights_UA.reshape(-1)[plan.source_Z],
-            w1,
-            w3,
-            plan,
-            layer_1,
-            limit,
-            round_activations,
-            kernel.describe(w2).is_fp4,
-            interpret,
-        )
+        source_Z = jnp.maximum(plan.source_Z, 0)
+        scale_Z = weights_UA.reshape(-1)[source_Z]
+        token_Z = jnp.where(plan.source_Z < 0, -1, source_Z // per_token)
+        up = w1, w3, plan, layer_1, limit, round_activations, kernel.describe(w2).is_fp4, interpret
+        if few:
+            hidden_PYF = resident.swiglu(x_PUD, token_Z, scale_Z, *up)
+            total_UD = resident.combine(
+                hidden_PYF, token_Z, len(x_UD), w2, plan, layer_1, interpret
+            )
+            is_here_U1 = ((experts_UA >= 0) & (experts_UA < experts)).any(1, keepdims=True)
+            return jnp.where(is_finite_U1 | ~is_here_U1, total_UD[:tokens], jnp.nan)
+        hidden_PZF = kernel.swiglu(_take(x_PUD, jnp.maximum(token_Z, 0)), scale_Z, *up)
         y_ZD = kernel.product(hidden_PZF, w2, plan, layer_1, interpret)
-        slot_UA = plan.slot_Y.reshape(tokens, per_token)
-        return _sum_experts(y_ZD, slot_UA)
+        return _sum_experts(y_ZD, plan.slot_Y.reshape(tokens, per_token))
 
     args = (x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2)
     return _choose(plain, tiled, args, experts_UA.size, implementation, interpret_params)

@@ -21,6 +21,7 @@ that w2 wants.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ MIB = 1 << 20
 DECODED_TILE_BYTES = 4 * MIB
 PREFILL_FACTOR = 2  # larger weight tiles when experts have many rows: rows are read less often
 PREPARE_ROWS = 64
+ROWS = 16  # of a bfloat16 register
 PAIR = 2 * tiles.LANES  # lanes whose even and odd halves fill whole registers
 
 
@@ -104,7 +106,7 @@ def pick_halves(size: int) -> jax.Array:
     return (source == wanted).astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _decode(fmt: Format, codes_ref, scales_ref, w_scr) -> None:
+def decode(fmt: Format, codes_ref, scales_ref, w_scr) -> None:
     if fmt.is_fp4:
         tiles.decode_fp4(codes_ref.at[0], scales_ref.at[0], w_scr, fmt.scales_across)
     else:
@@ -116,7 +118,7 @@ def _scale_at(fmt: Format, scales_ref) -> tiles.ScaleAt:
     return lambda i, k: scales_ref[0, 0, 0, i * fmt.lane_blocks + k]
 
 
-def _multiply(fmt: Format, x_ref, w_scr, scales_ref, acc_scr) -> jax.Array:
+def multiply(fmt: Format, x_ref, w_scr, scales_ref, acc_scr) -> jax.Array:
     """`x · wᵀ` of one tile, float32, rounded to the bfloat16 grid."""
     if fmt.is_fp4:
         y = tiles.dot(x_ref[0], w_scr[0]) + tiles.dot(x_ref[1], w_scr[1])
@@ -127,27 +129,28 @@ def _multiply(fmt: Format, x_ref, w_scr, scales_ref, acc_scr) -> jax.Array:
     return tiles.round_bf16(y)
 
 
-def _is_new_expert(expert_ref) -> jax.Array:
+def is_new_expert(expert_ref) -> jax.Array:
     """Whether this step's expert differs from the previous step's: its weights need decoding."""
     t = pl.program_id(1)
     return (t == 0) | (expert_ref[t] != expert_ref[jnp.maximum(t - 1, 0)])
 
 
 def _product_body(
-    expert_ref, layer_ref, x_ref, codes_ref, scales_ref, y_ref, w_scr, acc_scr, *, fmt
+    expert_ref, layer_ref, start_ref, x_ref, codes_ref, scales_ref, y_ref, w_scr, acc_scr, *, fmt
 ):
-    del layer_ref  # only the block specs need it
+    del layer_ref, start_ref  # only the block specs need the layer
 
-    @pl.when(_is_new_expert(expert_ref))
+    @pl.when(is_new_expert(expert_ref))
     def _():
-        _decode(fmt, codes_ref, scales_ref, w_scr)
+        decode(fmt, codes_ref, scales_ref, w_scr)
 
-    y_ref[...] = _multiply(fmt, x_ref, w_scr, scales_ref, acc_scr).astype(y_ref.dtype)
+    y_ref[...] = multiply(fmt, x_ref, w_scr, scales_ref, acc_scr).astype(y_ref.dtype)
 
 
-def _swiglu_body(
+def swiglu_body(
     expert_ref,
     layer_ref,
+    start_ref,
     x_ref,
     weight_ref,
     codes1_ref,
@@ -165,15 +168,15 @@ def _swiglu_body(
     limit,
     rounds,
 ):
-    del layer_ref  # only the block specs need it
+    del layer_ref, start_ref  # only the block specs need the layer
 
-    @pl.when(_is_new_expert(expert_ref))
+    @pl.when(is_new_expert(expert_ref))
     def _():
-        _decode(fmt1, codes1_ref, scales1_ref, w1_scr)
-        _decode(fmt3, codes3_ref, scales3_ref, w3_scr)
+        decode(fmt1, codes1_ref, scales1_ref, w1_scr)
+        decode(fmt3, codes3_ref, scales3_ref, w3_scr)
 
-    gate = _multiply(fmt1, x_ref, w1_scr, scales1_ref, acc1_scr)
-    up = _multiply(fmt3, x_ref, w3_scr, scales3_ref, acc3_scr)
+    gate = multiply(fmt1, x_ref, w1_scr, scales1_ref, acc1_scr)
+    up = multiply(fmt3, x_ref, w3_scr, scales3_ref, acc3_scr)
     if limit:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     hidden = gate * jax.nn.sigmoid(gate) * up * weight_ref[0].T
@@ -216,7 +219,7 @@ def prepare(x_UK: jax.Array, rounds: bool, halves: bool, interpret=False) -> jax
     if not (rounds or halves):
         return x_UK[None]
     parts = 2 if halves else 1
-    tile = min(-(-rows // 16) * 16, PREPARE_ROWS)
+    tile = min(-(-rows // ROWS) * ROWS, PREPARE_ROWS)
     return pl.pallas_call(
         functools.partial(_prepare_body, rounds=rounds),
         out_shape=jax.ShapeDtypeStruct((parts, rows, in_dim // parts), jnp.bfloat16),
@@ -237,7 +240,7 @@ def prepare(x_UK: jax.Array, rounds: bool, halves: bool, interpret=False) -> jax
 def _weight_operands(
     fmt: Format, weight: Any, layer_1: jax.Array
 ) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    def index(n, t, expert_ref, layer_ref):
+    def index(n, t, expert_ref, layer_ref, start_ref):
         return layer_ref[0], expert_ref[t], n, 0
 
     codes = pl.BlockSpec((None, 1, fmt.out_tile, weight.codes.shape[3]), index)
@@ -249,7 +252,7 @@ def _weight_operands(
                 pl.BlockSpec((None, 1, fmt.out_tile, count), index),
             ]
         across = pl.BlockSpec(
-            (None, 1, count, fmt.out_tile), lambda n, t, e, at: (at[0], e[t], 0, n)
+            (None, 1, count, fmt.out_tile), lambda n, t, e, at, *_: (at[0], e[t], 0, n)
         )
         return [weight.codes, jnp.swapaxes(weight.scales, 2, 3)], [codes, across]
     # scalars of one (expert, weight tile) side by side
@@ -260,7 +263,7 @@ def _weight_operands(
     block = (1, 1, 1, scales.shape[-1])
     return [weight.codes, scales], [
         codes,
-        pl.BlockSpec(block, lambda n, t, e, at: (e[t], n, 0, 0), memory_space=pltpu.SMEM),
+        pl.BlockSpec(block, lambda n, t, e, at, *_: (e[t], n, 0, 0), memory_space=pltpu.SMEM),
     ]
 
 
@@ -272,50 +275,67 @@ def _scratch(fmt: Format, tile: int) -> list:
     ]
 
 
-def _call(
-    body, plan: RowPlan, layer_1, x_PZK, extra, weights, out_shape, out_block, name, interpret
-):
-    """One pass over (weight tile, row tile); `extra` are (array, block spec) between x and W."""
+def call(
+    body,
+    plan: RowPlan,
+    layer_1: jax.Array,
+    rows: list[tuple[jax.Array, pl.BlockSpec]],
+    row_bytes: int,
+    weights: list[Any],
+    out_shape: jax.ShapeDtypeStruct,
+    out_block: pl.BlockSpec,
+    scratch: list[Any],
+    name: str,
+    interpret,
+) -> jax.Array:
+    """One pass over (weight tile, row tile).
+
+    rows: operands in front of the weights. row_bytes: what of them and of the result crosses HBM.
+    scratch: VMEM besides the weights' own.
+    """
     tile = plan.tile
     formats = [describe(weight, tile) for weight in weights]
-    fmt = formats[0]
-    parts, slots, half = x_PZK.shape
-    operands, specs = [x_PZK], [pl.BlockSpec((parts, tile, half), lambda n, t, *_: (0, t, 0))]
-    for array, spec in extra:
-        operands.append(array)
-        specs.append(spec)
+    fmt, slots = formats[0], plan.source_Z.shape[0]
+    operands, specs = [array for array, _ in rows], [spec for _, spec in rows]
     for each, weight in zip(formats, weights, strict=True):
         (codes, scales), blocks = _weight_operands(each, weight, layer_1)
         operands += paging.in_hbm((codes, scales) if each.is_fp4 else (codes,), interpret)
         operands += [] if each.is_fp4 else [scales]
         specs += blocks
     active = min(fmt.experts, slots // tile)
-    out_bytes = 2 * slots * fmt.out_tiles * fmt.out_tile
+    blocks = [(spec, array.dtype) for array, spec in rows] + [(out_block, out_shape.dtype)]
     return pl.pallas_call(
         body,
         out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(fmt.out_tiles, plan.num_tiles),
             in_specs=specs,
             out_specs=out_block,
-            scratch_shapes=[s for each in formats for s in _scratch(each, tile)],
+            scratch_shapes=[s for each in formats for s in _scratch(each, tile)] + scratch,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(formats, tile),
+            vmem_limit_bytes=vmem_bytes(formats, tile) + sum(_block_bytes(*b) for b in blocks),
         ),
         # of every slot in use; unused tiles cost nothing
         cost_estimate=pl.CostEstimate(
             flops=2 * slots * fmt.out_dim * fmt.in_dim * len(weights),
             transcendentals=slots * fmt.out_dim * (len(weights) - 1),
-            bytes_accessed=active * sum(f.expert_bytes for f in formats)
-            + 2 * slots * fmt.in_dim * fmt.out_tiles
-            + out_bytes,
+            bytes_accessed=active * sum(f.expert_bytes for f in formats) + row_bytes,
         ),
         interpret=interpret,
         name=name,
-    )(plan.expert_T, layer_1, *operands)
+    )(plan.expert_T, layer_1, plan.start_T, *operands)
+
+
+def _block_bytes(spec: pl.BlockSpec, dtype: Any) -> int:
+    """VMEM of an operand's block: two copies unless it says one."""
+    assert spec.block_shape is not None
+    *lead, rows, lanes = (size for size in spec.block_shape if isinstance(size, int))
+    tiled = -(-rows // 32) * 32 * -(-lanes // tiles.LANES) * tiles.LANES
+    copies = spec.pipeline_mode.buffer_count if spec.pipeline_mode else 2
+    return copies * math.prod(lead) * tiled * jnp.dtype(dtype).itemsize
 
 
 def product(
@@ -323,15 +343,17 @@ def product(
 ) -> jax.Array:
     """`x · W[expert]ᵀ` of every slot in use, bfloat16 `[Z, out]`; other slots are undefined."""
     fmt = describe(weight, plan.tile)
-    return _call(
+    slots = x_PZK.shape[1]
+    return call(
         functools.partial(_product_body, fmt=fmt),
         plan,
         layer_1,
-        x_PZK,
-        [],
+        [(x_PZK, _row_block(x_PZK, plan.tile))],
+        2 * slots * (fmt.in_dim + fmt.out_tile) * fmt.out_tiles,
         [weight],
-        jax.ShapeDtypeStruct((x_PZK.shape[1], fmt.out_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((slots, fmt.out_dim), jnp.bfloat16),
         pl.BlockSpec((plan.tile, fmt.out_tile), lambda n, t, *_: (t, n)),
+        [],
         "grouped_matmul",
         interpret,
     )
@@ -355,31 +377,41 @@ def swiglu(
     halves: even and odd channels apart, for FP4 weights.
     """
     fmt1, fmt3 = describe(w1, plan.tile), describe(w3, plan.tile)
-    parts, tile, slots = 2 if halves else 1, plan.tile, x_PZK.shape[1]
+    parts, slots = 2 if halves else 1, x_PZK.shape[1]
     width = fmt1.out_tile // parts
-    padded = jax.ShapeDtypeStruct((parts, slots, width * fmt1.out_tiles), jnp.bfloat16)
-    hidden = _call(
-        functools.partial(_swiglu_body, fmt1=fmt1, fmt3=fmt3, limit=limit, rounds=rounds),
+    hidden = call(
+        functools.partial(swiglu_body, fmt1=fmt1, fmt3=fmt3, limit=limit, rounds=rounds),
         plan,
         layer_1,
-        x_PZK,
-        [(scale_Z.reshape(-1, 1, tile), pl.BlockSpec((1, 1, tile), lambda n, t, *_: (t, 0, 0)))],
+        [(x_PZK, _row_block(x_PZK, plan.tile)), per_slot(scale_Z, plan.tile)],
+        2 * slots * (fmt1.in_dim + fmt1.out_tile) * fmt1.out_tiles,
         [w1, w3],
-        padded,
-        pl.BlockSpec((parts, tile, width), lambda n, t, *_: (0, t, n)),
+        jax.ShapeDtypeStruct((parts, slots, width * fmt1.out_tiles), jnp.bfloat16),
+        pl.BlockSpec((parts, plan.tile, width), lambda n, t, *_: (0, t, n)),
+        [],
         "grouped_swiglu",
         interpret,
     )
     return hidden[:, :, : fmt1.out_dim // parts]
 
 
+def per_slot(values_Z: jax.Array, tile: int) -> tuple[jax.Array, pl.BlockSpec]:
+    """One number per slot as an operand: a tile's in the lanes of one row."""
+    spec = pl.BlockSpec((1, 1, tile), lambda n, t, *_: (t, 0, 0))
+    return values_Z.reshape(-1, 1, tile), spec
+
+
+def _row_block(x_PZK: jax.Array, tile: int) -> pl.BlockSpec:
+    parts, _, width = x_PZK.shape
+    return pl.BlockSpec((parts, tile, width), lambda n, t, *_: (0, t, 0))
+
+
 def vmem_bytes(formats: list[Format], tile: int) -> int:
-    """Upper bound of a step: double-buffered blocks, scratch, and the compiler's temporaries."""
+    """Upper bound of a step without its rows: weights, scratch, the compiler's temporaries."""
     total = 6 * MIB
     for fmt in formats:
         lanes = -(-fmt.in_dim // PAIR) * PAIR
         stored = lanes // 2 + max(lanes // 32, tiles.LANES) if fmt.is_fp4 else lanes
         total += fmt.out_tile * (2 * stored + 2 * lanes)
         total += 4 * tile * fmt.out_tile * 4
-    total += 2 * 2 * max(tile, 32) * formats[0].in_dim + 2 * 2 * tile * formats[0].out_tile
     return max(16 * MIB, total)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import kernel
+from pallas_kernels.grouped_matmul import kernel, resident
 from pallas_kernels.grouped_matmul.api import PackedWeight, routed_experts
 from pallas_kernels.grouped_matmul.plan import RowPlan, row_tile
 
@@ -31,6 +31,10 @@ class Case(NamedTuple):
     def num_tiles(self) -> int:
         rows = self.tokens * self.per_token
         return min(rows, -(-rows // self.tile) + self.experts)
+
+    @property
+    def is_resident(self) -> bool:
+        return self.tokens <= resident.MAX_TOKENS
 
 
 SMALL = {
@@ -87,7 +91,10 @@ def unavoidable_bytes(name: str) -> int:
     scale_bytes = 4 if case.scale_dtype == "float32" else 1
     weights = case.dim * case.expert_dim
     stored = weights * 17 // 32 if case.fmt == "fp4" else weights + blocks * scale_bytes
-    return min(rows, case.experts) * matrices * stored + 2 * rows * (case.dim + case.expert_dim)
+    outer = 2 * rows * case.dim  # what leaves `down` as a sum is float32
+    if case.is_resident:
+        outer = (2 if stage == "up" else 4) * case.tokens * case.dim
+    return min(rows, case.experts) * matrices * stored + outer + 2 * rows * case.expert_dim
 
 
 def build(name: str) -> tuple[Callable, list]:
@@ -97,34 +104,42 @@ def build(name: str) -> tuple[Callable, list]:
     parts, slots = 2 if case.fmt == "fp4" else 1, case.num_tiles * case.tile
     up, down = (case.expert_dim, case.dim), (case.dim, case.expert_dim)
     first = jnp.zeros(1, jnp.int32)  # layer of the stack
-    plan_args = [((case.num_tiles,), jnp.int32), ((), jnp.int32)]
+    tokens = -(-case.tokens // kernel.ROWS) * kernel.ROWS
+    sorted_rows = resident.hidden_rows(case.tokens * case.per_token, case.tile)
+    hidden = sorted_rows if case.is_resident else slots
+    plan_args = [((case.num_tiles,), jnp.int32), ((), jnp.int32), ((slots,), jnp.int32)]
 
-    def plan(expert_T: jax.Array, num_tiles: jax.Array) -> RowPlan:
-        unused = jnp.zeros(slots, jnp.int32)
-        return RowPlan(unused, unused, expert_T, num_tiles)
+    def plan(expert_T: jax.Array, num_tiles: jax.Array, token: jax.Array) -> RowPlan:
+        return RowPlan(token, token[: case.tokens * case.per_token], expert_T, expert_T, num_tiles)
 
-    def swiglu(expert_T, num_tiles, x, scale, c1, s1, c3, s3):
+    def swiglu(expert_T, num_tiles, token, x, scale, c1, s1, c3, s3):
         w1, w3 = PackedWeight(c1[None], s1[None]), PackedWeight(c3[None], s3[None])
-        rows = plan(expert_T, num_tiles)
-        return kernel.swiglu(x, scale, w1, w3, rows, first, 10.0, True, parts == 2)
+        rest = w1, w3, plan(expert_T, num_tiles, token), first, 10.0, True, parts == 2
+        if case.is_resident:
+            return resident.swiglu(x, token, scale, *rest)
+        return kernel.swiglu(x, scale, *rest)
 
-    def product(expert_T, num_tiles, x, codes, scales):
+    def product(expert_T, num_tiles, token, x, codes, scales):
         weight = PackedWeight(codes[None], scales[None])
-        return kernel.product(x, weight, plan(expert_T, num_tiles), first)
+        rest = weight, plan(expert_T, num_tiles, token), first
+        if case.is_resident:
+            return resident.combine(x, token, tokens, *rest)
+        return kernel.product(x, *rest)
 
     def everything(x, experts, weights, c1, s1, c3, s3, c2, s2):
         packed = PackedWeight(c1, s1), PackedWeight(c3, s3), PackedWeight(c2, s2)
         run = functools.partial(routed_experts, implementation="pallas")
         return run(x, experts, weights, *packed, limit=10.0, round_activations=True)
 
-    def rows(width: int):
-        return (parts, slots, width // parts), jnp.bfloat16
+    def rows(count: int, width: int):
+        return (parts, count, width // parts), jnp.bfloat16
 
     if stage == "up":
         pair = weight_args(case, *up) * 2
-        return swiglu, [*plan_args, rows(case.dim), ((slots,), jnp.float32), *pair]
+        x = rows(tokens if case.is_resident else slots, case.dim)
+        return swiglu, [*plan_args, x, ((slots,), jnp.float32), *pair]
     if stage == "down":
-        return product, [*plan_args, rows(case.expert_dim), *weight_args(case, *down)]
+        return product, [*plan_args, rows(hidden, case.expert_dim), *weight_args(case, *down)]
     routing = (case.tokens, case.per_token)
     return everything, [
         ((case.tokens, case.dim), jnp.bfloat16),

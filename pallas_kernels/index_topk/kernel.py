@@ -35,9 +35,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paging
+from pallas_kernels.index_topk.choosing import Chosen, bisect
+from pallas_kernels.index_topk.scoring import (
+    LAST,
+    channel_order,
+    decode_columns,
+    head_sum,
+    score_order,
+)
 
 HIDDEN = -(2**31)  # below the order of every score, -inf included
-LAST = 2**31 - 1
 LANES = 128
 SPAN = 32 * LANES  # entries of one row of mask words
 SCRATCH_BYTES = 16 << 20  # budget of the order array; decides the queries per block
@@ -100,41 +107,6 @@ def pick_queries(fresh: int, capacity: int) -> int:
     return fits[0] if fits else 8
 
 
-def decode_columns(codes: Array, scales: Array) -> Array:
-    """FP4 bytes `[J/2, S]` and scale bytes `[J/32, S]` as exact bfloat16 `[J, S]`.
-
-    Works on 32-bit words, two codes at a time. Channels come out in the order of `channel_order`.
-    A code is eem: 2^(e-1)·(1+m/2), or m/2 for e = 0. Scales of 2^-125 … 2^125 are exact.
-    """
-    words = pltpu.bitcast(codes, i32)  # [J/8, S]: byte b of word i is byte row 4i + b
-    row = lax.broadcasted_iota(i32, words.shape, 0)
-    packed_scales = pltpu.bitcast(scales, i32)
-    base = jnp.zeros_like(words)
-    for block in range(scales.shape[0]):
-        scale = (packed_scales[block // 4][None] >> (8 * (block % 4))) & 255
-        field = jnp.broadcast_to((scale - 1) << 7, words.shape)  # exponent of 2^(scale - 128)
-        base = jnp.where(row >= 4 * block, field, base)
-    base = base | (base << 16)
-    parts = []
-    for nibble in range(4):
-        code = (words >> (4 * nibble)) & 0x000F000F
-        size = code & 0x00070007
-        normal = ((size >> 1) | (size >> 2)) & 0x00010001
-        some = (size & 0x00010001) | normal
-        size = size & (0x00060006 | normal)  # 0.5 is a power of two: its mantissa bit goes
-        bits = (base + (size << 6)) & ((some << 16) - some)
-        parts.append(pltpu.bitcast(bits | ((code & 0x00080008) << 12), jnp.bfloat16))
-    return jnp.concatenate(parts, axis=0)
-
-
-def channel_order(position: Array, channels: int) -> Array:
-    """The channel that `decode_columns` leaves in row `position`."""
-    nibble = position >> ((channels // 4).bit_length() - 1)  # channels is a power of two
-    inside = position - nibble * (channels // 4)
-    byte = 4 * (inside >> 1) + (nibble >> 1) + 2 * (inside & 1)
-    return 2 * byte + (nibble & 1)
-
-
 def _permuted(q: Array, plan: Plan) -> Array:
     """Queries `[n, J]` in the channel order of the decoded keys: a one-hot matmul, exact."""
     square = (plan.channels, plan.channels)
@@ -147,97 +119,6 @@ def _dot(a: Array, b: Array, transposed: bool = False) -> Array:
     exact = lax.Precision.HIGHEST if a.dtype == f32 else None
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=exact, preferred_element_type=f32)
-
-
-def round_bf16(x: Array) -> Array:
-    """Float32 to the nearest bfloat16 and back, in integers: no compiler may drop it."""
-    bits = lax.bitcast_convert_type(x, i32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return lax.bitcast_convert_type(bits, f32)
-
-
-def head_sum(dots: Array, weights: Array, rounded: bool) -> Array:
-    """Σ relu(dots) · weights over the heads `[I, S]`: `[8, S]`, all rows the same."""
-    if rounded:
-        dots = round_bf16(dots)
-    terms = jnp.maximum(dots, 0) * weights
-    if rounded:
-        terms = round_bf16(terms)
-    total = terms[:8]
-    for first in range(8, terms.shape[0], 8):
-        total = total + terms[first : first + 8]
-    for shift in (4, 2, 1):
-        total = total + pltpu.roll(total, shift, 0)
-    return round_bf16(total) if rounded else total
-
-
-def score_order(scores: Array, rounded: bool) -> Array:
-    """Int32 in the order of the scores; -0.0 and 0.0 are the same."""
-    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), i32)
-    order = bits ^ ((bits >> 31) & LAST)
-    return order >> 16 if rounded else order  # bfloat16 fills the upper half only
-
-
-class Chosen(NamedTuple):
-    """Per row: entries above `bound`, and those equal to it below index `end`."""
-
-    bound: Array
-    end: Array
-
-    def mask(self, order: Array, index: Array) -> Array:
-        return (order > self.bound) | ((order == self.bound) & (index < self.end))
-
-
-def bisect(
-    count: Callable[[Array, Array | None], Array], low: Array, high: Array, seen: Array, keep: int
-) -> Chosen:
-    """The exact choice from `count(bound, end)`: entries ≥ bound, or == bound at indices < end.
-
-    low … high: order of the worst and (plus one) of the best of the `seen` entries of each row.
-    """
-    want = jnp.minimum(seen, keep)
-
-    def is_open(low: Array, high: Array, at_low: Array) -> Array:
-        return (at_low != want) & (low + 1 < high)
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        low, high, at_low, at_high = state
-        more = is_open(low, high, at_low)
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        here = count(middle, None)
-        up, down = more & (here >= want), more & (here < want)
-        return (
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(up, here, at_low),
-            jnp.where(down, here, at_high),
-        )
-
-    state = (low, high, seen, jnp.zeros_like(seen))
-    state = lax.while_loop(lambda s: _any(is_open(s[0], s[1], s[2])), step, state)
-    bound, _, at_low, above = state
-    ties = want - above  # how many of the entries equal to `bound`; asked only where there are more
-
-    def tie_step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        first, last, end, surplus = state  # surplus is int32: loops carry no booleans
-        middle = (first + last) >> 1
-        here = count(bound, middle)
-        more = surplus > 0
-        return (
-            jnp.where(more & (here < ties), middle, first),
-            jnp.where(more & (here > ties), middle, last),
-            jnp.where(more & (here == ties), middle, end),
-            jnp.where(here == ties, 0, surplus),
-        )
-
-    surplus = jnp.where(at_low != want, 1, 0)
-    start = (jnp.zeros_like(seen), jnp.full_like(seen, 1 << 30), jnp.full_like(seen, LAST), surplus)
-    end = lax.while_loop(lambda s: _any(s[3] > 0), tie_step, start)[2]
-    return Chosen(bound, end)
-
-
-def _any(x: Array) -> Array:
-    return jnp.max(jnp.where(x, 1.0, 0.0)) > 0
 
 
 class Block:

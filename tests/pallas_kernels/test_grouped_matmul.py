@@ -12,7 +12,7 @@ from dsv4_jax.moe import Routing, routed_sum
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.presets import tiny
 from dsv4_jax.quant import QuantizedArray, dequantize, quantize_weight
-from pallas_kernels.grouped_matmul import kernel, reference, shapes
+from pallas_kernels.grouped_matmul import kernel, reference, resident, shapes
 from pallas_kernels.grouped_matmul.api import PackedWeight, grouped_matmul, routed_experts
 from pallas_kernels.grouped_matmul.plan import plan_rows, row_tile
 from pallas_kernels.grouped_matmul.shapes import SMALL, Case
@@ -150,12 +150,43 @@ def assert_close(y, wanted):
     np.testing.assert_allclose(y, wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
 
 
+@pytest.fixture
+def many(monkeypatch):
+    """Few tokens take the path of many."""
+    monkeypatch.setattr(resident, "MAX_TOKENS", 0)
+    run.clear_cache()
+    yield
+    run.clear_cache()
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_routed_experts_agree_with_the_reference(name):
+def test_routed_experts_agree_with_the_reference(name, request):
     args = routed_case(SMALL[name], seed=3, none_share=0.0 if name == "one_token" else 0.2)
     wanted = run(args, 1.0, True, "reference")
     assert np.abs(wanted).max() > 0.1
-    assert_close(run(args, 1.0, True, "interpret"), wanted)
+    few = run(args, 1.0, True, "interpret")
+    assert_close(few, wanted)
+    request.getfixturevalue("many")
+    np.testing.assert_array_equal(run(args, 1.0, True, "interpret"), few)
+
+
+@formats
+def test_few_tokens_over_many_weight_tiles(stored, monkeypatch):
+    monkeypatch.setattr(kernel, "DECODED_TILE_BYTES", 1)  # tiles of 256 rows
+    args = routed_case(Case(40, 2, 3, 544, 576, *stored), seed=12)
+    case = jax.jit(lambda args: routed_experts(*args, limit=1.0, implementation="interpret"))
+    assert_close(case(args), run(args, 1.0, False, "reference"))
+
+
+@implementations
+def test_what_is_not_finite_stays_in_its_token(implementation):
+    x, *rest = routed_case(SMALL["ragged"], seed=13, none_share=0.0)
+    rest[0] = rest[0].at[2].set(4)  # no expert here: nothing
+    wanted = run((x, *rest), 1.0, True, implementation)
+    broken = x.at[1, 5].set(jnp.nan).at[2].set(jnp.inf)
+    y = np.asarray(run((broken, *rest), 1.0, True, implementation))
+    assert np.isnan(y[1]).all()
+    np.testing.assert_array_equal(np.delete(y, 1, 0), np.delete(wanted, 1, 0))
 
 
 @implementations
@@ -288,6 +319,9 @@ def test_plan_places_every_row_once(tile):
     np.testing.assert_array_equal(np.asarray(plan.expert_T)[slot[here] // tile], owner[here])
     counts = np.bincount(owner[here], minlength=5)
     assert plan.num_tiles == -(-counts // tile).sum() <= slots // tile
+    order = np.argsort(np.where(here, owner, 5), kind="stable")  # as sorted rows lie
+    for t, start in enumerate(np.asarray(plan.start_T)[: int(plan.num_tiles)]):
+        assert plan.source_Z[t * tile] == order[start]
     assert slot[here].max() < int(plan.num_tiles) * tile
 
 
@@ -302,10 +336,13 @@ def test_unused_tiles_and_idle_experts_are_never_touched():
     np.testing.assert_array_equal(np.asarray(y, np.float32), by_hand(x, owner, weight))
 
 
+@pytest.mark.parametrize("path", ["few", "many"])
 @pytest.mark.parametrize("name", ["ragged", "ragged_base"])
-def test_no_races_and_no_uninitialised_reads(name):
+def test_no_races_and_no_uninitialised_reads(name, path, request):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state
 
+    if path == "many":
+        request.getfixturevalue("many")
     args = routed_case(SMALL[name], seed=10)
     try:
         y = run(args, 1.0, True, "interpret", pltpu.InterpretParams(detect_races=True))

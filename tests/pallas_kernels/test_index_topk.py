@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv4_jax import cache as store
 from dsv4_jax import indexer
 from dsv4_jax.numerics import Numerics
-from pallas_kernels.index_topk import api, kernel, reference
+from pallas_kernels.index_topk import api, kernel, reference, scoring
 from pallas_kernels.index_topk.shapes import SMALL, Case, call
 
 pytestmark = pytest.mark.slow  # interpreted kernels take minutes
@@ -160,22 +160,22 @@ def test_every_fp4_code_and_scale_decodes_exactly():
     exponents = np.tile(np.repeat(np.resize(scales, 256), 4), (4, 1))
 
     def body(codes_ref, scales_ref, out_ref):
-        out_ref[...] = kernel.decode_columns(codes_ref[...], scales_ref[...])
+        out_ref[...] = scoring.decode_columns(codes_ref[...], scales_ref[...])
 
     out = jax.ShapeDtypeStruct((128, codes.shape[1]), jnp.bfloat16)
     decoded = pl.pallas_call(body, out_shape=out, interpret=True)(codes, exponents)
     wanted = reference.unpack_keys(jnp.asarray(codes.T), jnp.asarray(exponents.T))
-    order = kernel.channel_order(jnp.arange(128), 128)
+    order = scoring.channel_order(jnp.arange(128), 128)
     assert sorted(order.tolist()) == list(range(128))
     np.testing.assert_array_equal(np.asarray(decoded, np.float32), wanted.T[order])
 
 
 def test_score_order_is_that_of_floats():
     values = np.array([-np.inf, -3.5, -1e-30, -0.0, 0.0, 1e-30, 0.25, 7.0, np.inf], np.float32)
-    order = np.asarray(kernel.score_order(jnp.asarray(values), False), np.int64)
+    order = np.asarray(scoring.score_order(jnp.asarray(values), False), np.int64)
     np.testing.assert_array_equal(np.sign(np.diff(order)), np.sign(np.diff(values)))
     assert order[0] > kernel.HIDDEN
-    short = np.asarray(kernel.score_order(jnp.asarray(values), True), np.int64)
+    short = np.asarray(scoring.score_order(jnp.asarray(values), True), np.int64)
     assert (np.diff(short) >= 0).all() and short[3] == short[4] and short[0] > kernel.HIDDEN
 
 

@@ -1,0 +1,1 @@
+"""Windows of projected tokens, pooled into rows in one pass."""

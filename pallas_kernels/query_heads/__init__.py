@@ -1,0 +1,1 @@
+"""Query heads: cut apart, normed and turned in one pass."""
