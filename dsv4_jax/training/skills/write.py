@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from dsv4_jax.encoding import render_segments
 from dsv4_jax.tokenizer import Tokenizer
-from dsv4_jax.training.data.documents import tokenise
+from dsv4_jax.training.data.documents import render, tokenise
 from dsv4_jax.training.skills import words
 from dsv4_jax.training.skills.base import SPLITS
 from dsv4_jax.training.skills.corpus import LEVELS, SKILLS, examples
@@ -19,6 +18,7 @@ from dsv4_jax.training.skills.vocabulary import train_tokenizer
 
 EVERY = 2000  # chats between lines of progress
 VOCABULARY_CHATS = 6000
+WORD_WEIGHT = 200  # how often every word of the skills is shown, with and without a space
 
 
 def write_chats(
@@ -84,18 +84,14 @@ def write_tokenizer(
 
 
 def _vocabulary_texts(seed: int, paragraphs: list[list[str]]) -> Iterator[str]:
+    """Chats as they are rendered, tool declarations included; every word of the skills; texts."""
     mix = dict.fromkeys(SKILLS, 1.0)
     for level in LEVELS:
         stream = examples(mix, seed, SPLITS[0], level, 256, lambda text: len(text) // 4, paragraphs)
         for example in islice(stream, VOCABULARY_CHATS // len(LEVELS)):
-            for message in example.messages:
-                yield message.get("content") or ""
-                yield message.get("reasoning_content") or ""
-    chat = next(examples({"chain": 1.0}, seed, SPLITS[0], 0, 256, len))
-    messages = [{"role": "system", "content": "", "tools": chat.tools}, *chat.messages]
-    markup = [s.text for s in render_segments(messages, "thinking") if not s.is_control]
-    yield from markup * 200
+            yield from (s.text for s in render(example.item()) if not s.is_control)
     for group in (words.NAMES, words.COLOURS, words.ANIMALS, words.THINGS, words.CITIES):
-        yield from (f" {word}" for word in group * 100)
+        for word in group:
+            yield from (word, f" {word}") * WORD_WEIGHT
     for work in paragraphs:
         yield from work

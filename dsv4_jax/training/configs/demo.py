@@ -1,0 +1,46 @@
+"""The demo model: every layer kind of V4, taught skills from generated chats.
+
+Data lie under `runs/demo/data` (see docs/demo_model.md). A phase may be made longer, or phases be
+added behind it, while the run goes on: the steps that are done keep their numbers.
+"""
+
+from dsv4_jax.config import CSA, SWA, ModelConfig, Yarn
+from dsv4_jax.presets import HCA_RATIO
+from dsv4_jax.training.data.source import Source
+from dsv4_jax.training.run import RunConfig
+from dsv4_jax.training.schedules import Phase, Schedule
+
+MODEL = ModelConfig(
+    vocab_size=4096,
+    dim=128,
+    num_layers=5,
+    compress_ratios=(SWA, SWA, CSA, HCA_RATIO, CSA, SWA),
+    num_heads=4,
+    head_dim=128,  # compressed rows hold several tokens each
+    rope_dim=32,
+    q_rank=64,
+    o_groups=2,
+    o_rank=64,
+    num_experts=8,
+    experts_per_token=2,
+    expert_dim=64,
+    num_hash_layers=1,
+    routed_scale=1.5,
+    window=64,
+    index_heads=4,
+    index_dim=64,
+    index_topk=64,
+    yarn=Yarn(original_len=8192),
+    max_len=16384,
+)
+ROOT = "runs/demo/data"
+
+RUN = RunConfig(
+    name="demo",
+    model=MODEL,
+    data={"short": (Source(f"{ROOT}/s0"),)},
+    phases=(Phase("short", 8_000_000, 256, 8, attention="dense", learn="trunk", data="short"),),
+    schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
+    scan=False,  # unrolled layers run faster on a CPU
+    checkpoint_every=200,
+)
