@@ -34,12 +34,10 @@ TOLD = {
 def make(maker: Maker, thinking: bool) -> Example:
     """Greetings around facts about the user, which are asked for later."""
     rng = maker.rng
-    kinds = rng.sample(list(TOLD), rng.randint(1, 4))
-    messages, instances, questions = [], [], []
-    for kind in kinds:
-        tell, pool, ask, reply = TOLD[kind]
-        instance, value = maker.draw(lambda k=kind, p=pool: _told(maker, k, p))
-        instances.append(instance)
+    instance, facts = maker.draw(lambda: _facts(maker))
+    messages, questions = [], []
+    for kind, value in facts.items():
+        tell, _, ask, reply = TOLD[kind]
         messages += [user(tell.format(value)), assistant("I will remember that.")]
         questions.append((ask, reply.format(value)))
         if rng.random() < 0.4:
@@ -51,7 +49,7 @@ def make(maker: Maker, thinking: bool) -> Example:
     if thinking:  # what is rendered of earlier answers has no reasoning; the last one has
         last = messages[-1]["content"]
         messages[-1] = assistant(last, f"The user said so before: {last}")
-    return Example("talk", messages, thinking, tuple(instances))
+    return Example("talk", messages, thinking, (instance,))
 
 
 def make_small(maker: Maker, thinking: bool) -> Example:
@@ -63,6 +61,8 @@ def make_small(maker: Maker, thinking: bool) -> Example:
     return Example("small talk", messages, thinking)
 
 
-def _told(maker: Maker, kind: str, pool: tuple[str, ...]) -> tuple[str, str]:
-    value = maker.choice(pool)
-    return f"told {kind} {value}", value
+def _facts(maker: Maker) -> tuple[str, dict[str, str]]:
+    """Facts of different kinds; together they are one instance, for some kinds have few values."""
+    kinds = maker.rng.sample(list(TOLD), maker.rng.randint(1, 4))
+    facts = {kind: maker.choice(TOLD[kind][1]) for kind in kinds}
+    return f"told {sorted(facts.items())}", facts
