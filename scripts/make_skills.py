@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     chats.add_argument("--tokenizer", required=True, metavar="DIR", help="measures lengths")
     chats.add_argument("--count", type=int, required=True, metavar="N", help="conversations")
     chats.add_argument("--tokens", type=int, default=256, help="longest one; default: 256")
-    chats.add_argument("--level", type=int, default=0, help="0 to 3: how long lists and numbers are")
+    chats.add_argument(
+        "--level", type=int, default=0, help="0 to 3: how long lists and numbers are"
+    )
     chats.add_argument("--split", default="train", help="train or held-out; default: train")
     chats.add_argument("--seed", type=int, default=0)
     chats.add_argument("--mix", type=mixture, metavar="SKILL=SHARE,…", help="default: all alike")

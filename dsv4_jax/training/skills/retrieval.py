@@ -13,7 +13,12 @@ FACTS = {
     "colour": "The colour of {k} is {v}.",
     "owner": "The owner of {k} is {v}.",
 }
-ASK = ("What is the {f} of {k}?", "Which {f} does {k} have?", "{f} of {k}?", "Tell me the {f} of {k}.")
+ASK = (
+    "What is the {f} of {k}?",
+    "Which {f} does {k} have?",
+    "{f} of {k}?",
+    "Tell me the {f} of {k}.",
+)
 FACT_TOKENS = 12  # about
 
 

@@ -26,7 +26,7 @@ SHORTEST = 128  # documents up to this length are one bucket; then doublings
 
 
 class Chosen(NamedTuple):
-    """First choices for token t + 1 `[B, T]`, and the MTP block's for t + 2 (None: it is absent)."""
+    """First choices for token t + 1 `[B, T]`, and the MTP block's for t + 2, if it runs."""
 
     next_BT: np.ndarray
     draft_BT: np.ndarray | None
@@ -62,7 +62,9 @@ def cases(items: Iterable[tuple[str, Any]], tokenizer: Tokenizer) -> Iterator[Ca
     """
     for where, item in items:
         if not isinstance(item, dict) or not {"skill", "messages"} <= set(item):
-            raise ValueError(f"{where}: needs 'skill' and 'messages', as make_skills.py writes them")
+            raise ValueError(
+                f"{where}: needs 'skill' and 'messages', as make_skills.py writes them"
+            )
         yield Case(item["skill"], bool(item.get("thinking")), tokenise(item, tokenizer, where))
 
 

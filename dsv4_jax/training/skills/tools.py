@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4_jax.training.skills import words
@@ -119,6 +120,19 @@ def calculate(expression: str) -> str:
             a, b = int(left), int(right)
             return str(a + b if op == "+" else a - b if op == "-" else a * b)
     raise ValueError(f"{expression!r} must look like 12+34, 34-12 or 12*34")
+
+
+def answer(name: str, arguments: Mapping[str, Any], tables: Mapping[str, Mapping[str, str]]) -> str:
+    """What a tool says to a call; what it cannot do begins with "error"."""
+    if name == "calculator":
+        try:
+            return calculate(str(arguments.get("expression", "")))
+        except ValueError as error:
+            return f"error: {error}"
+    keys = [str(value) for value in arguments.values()]
+    if len(keys) != 1 or keys[0] not in tables.get(name, {}):
+        return f"error: {name} knows nothing of {', '.join(keys)}"
+    return tables[name][keys[0]]
 
 
 _LOOKUP_ASKS = {

@@ -8,44 +8,39 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.trainers import BpeTrainer
 
 from dsv4_jax.encoding import constants as C
-from dsv4_jax.encoding.demo_tokenizer import _CJK, _DIGITS, _SPECIAL, _WORDS
+from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
 
-ONE_DIGIT = r"\p{N}"
+SPECIAL = (C.BOS, C.EOS, C.PAD)
+NAMED = tuple(token for token in C.CONTROL_TOKENS if token not in SPECIAL)
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A tokenizer of exactly `size` ids, learnt from texts.
+    """A tokenizer of exactly `size` ids, learnt from texts; its first ids are the official ones.
 
-    Its file holds the official rules (digits in groups of up to three); it was learnt with digits
-    cut apart, so no merge joins two of them and the ids are the same.
+    Its file holds the official rules, which cut digits in groups of up to three; it was learnt with
+    all digits apart, so no merge joins two of them and the ids are the same.
 
     Raises:
-        ValueError: the texts do not hold enough different words.
+        ValueError: the texts do not hold enough different words, or `size` has no room for bytes.
     """
-    named = [token for token in C.CONTROL_TOKENS if token not in _SPECIAL]
+    official = build_byte_tokenizer().pre_tokenizer
+    assert official is not None
+    digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = _cuts(ONE_DIGIT)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([digits, official])  # type: ignore[attr-defined]
     trainer = BpeTrainer(
-        vocab_size=size - len(named),
-        special_tokens=list(_SPECIAL),
+        vocab_size=size - len(NAMED),
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    if learner.get_vocab_size() != size - len(named):
-        raise ValueError(f"the texts yield {learner.get_vocab_size()} tokens, not {size}")
-    learner.pre_tokenizer = _cuts(_DIGITS)
-    learner.decoder = decoders.ByteLevel()
-    learner.post_processor = processors.ByteLevel(trim_offsets=False)
-    learner.add_special_tokens([AddedToken(token, normalized=False) for token in _SPECIAL])
-    learner.add_tokens([AddedToken(token, normalized=True) for token in named])
+    found = learner.get_vocab_size() + len(NAMED)
+    if found != size:
+        raise ValueError(f"size={size}: the texts yield {found} tokens")
+    learner.pre_tokenizer = official  # type: ignore[attr-defined]
+    learner.decoder = decoders.ByteLevel()  # type: ignore[attr-defined]
+    learner.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[attr-defined]
+    learner.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    learner.add_tokens([AddedToken(token, normalized=True) for token in NAMED])
     return learner
-
-
-def _cuts(digits: str) -> pre_tokenizers.PreTokenizer:
-    splits = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        for pattern in (digits, _CJK, _WORDS)
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([*splits, byte_level])

@@ -1,10 +1,11 @@
 """Words that skills are about. Common and short, so that each becomes one token."""
 
 NAMES = (
-    "Ada Amir Anna Ben Bruno Carla Chen Clara Dana David Elena Emil Emma Eric Fatima Felix Finn "
-    "Grace Hana Hugo Ida Igor Ines Ivan Jack Jana John Jonas Julia Karim Karl Kate Laila Lars Laura "
-    "Leo Lena Lily Luca Maria Marco Martin Maya Mia Mila Nadia Nina Noah Nora Olga Omar Oscar Paul "
-    "Peter Petra Priya Rosa Ruth Sam Sara Sofia Stefan Tara Tim Tom Vera Victor Yuki Zoe"
+    "Ada Amir Anna Ben Bruno Carla Chen Clara Dana David Elena Emil Emma Eric Fatima Felix "
+    "Finn Grace Hana Hugo Ida Igor Ines Ivan Jack Jana John Jonas Julia Karim Karl Kate Laila "
+    "Lars Laura Leo Lena Lily Luca Maria Marco Martin Maya Mia Mila Nadia Nina Noah Nora Olga "
+    "Omar Oscar Paul Peter Petra Priya Rosa Ruth Sam Sara Sofia Stefan Tara Tim Tom Vera "
+    "Victor Yuki Zoe"
 ).split()
 
 COLOURS = "amber black blue brown coral gold green grey ivory lime orange pink purple red silver \
@@ -17,14 +18,15 @@ ANIMALS = (
 ).split()
 
 THINGS = (
-    "apple arrow bag ball barn basket bell bench boat bone book boot bottle bowl box bread brick "
-    "bridge broom brush bucket candle card carpet chair clock cloud coat coin cup curtain desk dish "
-    "door dress drum egg engine feather fence flag flower fork garden gate glass glove hammer hat "
-    "hill hook house jar key kite knife ladder lake lamp leaf lemon letter lock map mirror moon "
-    "mountain nail needle nest net oven paint paper path pear pen pencil piano pipe plate pot "
-    "ring river road roof rope saddle salt sand scarf shelf ship shirt shoe shovel spoon star stone "
-    "stool stove sugar sun table tent thread ticket torch towel tower train tree trumpet umbrella "
-    "vase violin wagon wall watch wheel window wire wood yard"
+    "apple arrow bag ball barn basket bell bench boat bone book boot bottle bowl box bread "
+    "brick bridge broom brush bucket candle card carpet chair clock cloud coat coin cup "
+    "curtain desk dish door dress drum egg engine feather fence flag flower fork garden gate "
+    "glass glove hammer hat hill hook house jar key kite knife ladder lake lamp leaf lemon "
+    "letter lock map mirror moon mountain nail needle nest net oven paint paper path pear pen "
+    "pencil piano pipe plate pot ring river road roof rope saddle salt sand scarf shelf ship "
+    "shirt shoe shovel spoon star stone stool stove sugar sun table tent thread ticket torch "
+    "towel tower train tree trumpet umbrella vase violin wagon wall watch wheel window wire "
+    "wood yard"
 ).split()
 
 CITIES = (
