@@ -20,6 +20,7 @@ from dsv4_jax.training.skills.vocabulary import train_tokenizer
 from scripts import make_skills
 
 ALL = dict.fromkeys(SKILLS, 1.0)
+CHATS = {name: share for name, share in ALL.items() if name != "text"}
 
 
 def words(text):
@@ -42,7 +43,7 @@ def test_splits_share_no_instance(level):
     for split in SPLITS:
         for example in some(600, split, level=level):
             assert all(split_of(i) == split for i in example.instances)
-            assert example.instances or example.skill == "small talk"
+            assert example.instances or example.skill in ("small talk", "text")
             seen[split] |= set(example.instances)
     assert all(len(found) > 300 for found in seen.values())
     assert not seen["train"] & seen["held-out"]
@@ -54,9 +55,9 @@ def test_a_seed_decides_everything():
 
 
 def test_every_skill_comes_in_both_modes():
-    found = {(e.skill, e.thinking) for e in some(1500)}
-    assert len(found) == 2 * len({skill for skill, _ in found}) == 2 * len(SKILLS)
-    for example in some(300):
+    found = {(e.skill, e.thinking) for e in some(1500, mix=CHATS)}
+    assert len(found) == 2 * len({skill for skill, _ in found}) == 2 * len(CHATS)
+    for example in some(300, mix=CHATS):
         last = example.messages[-1]
         assert last["role"] == "assistant"
         assert bool(last.get("reasoning_content")) == example.thinking
@@ -79,6 +80,13 @@ def test_written_work_is_right(a, op, b):
     total = a + b if op == "+" else a - b
     assert int(digits) + 10 ** len(digits) * int(over if op == "+" else 0) == total
     assert lines[-1].endswith(f"so {total}")
+
+
+def test_text_is_learnt_whole(tokenizer):
+    [example] = some(1, mix={"text": 1.0})
+    document = tokenise(example.item(), tokenizer, "here")
+    assert document.learn.all()
+    assert words(example.text) > 100
 
 
 def test_arithmetic_answers():

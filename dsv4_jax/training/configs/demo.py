@@ -27,6 +27,7 @@ MODEL = ModelConfig(
     num_hash_layers=1,
     routed_scale=1.5,
     window=64,
+    rope_theta=100.0,  # all frequencies tell neighbours apart: heads that look back form sooner
     index_heads=4,
     index_dim=64,
     index_topk=64,
@@ -38,9 +39,10 @@ ROOT = "runs/demo/data"
 RUN = RunConfig(
     name="demo",
     model=MODEL,
-    data={"short": (Source(f"{ROOT}/s0"),)},
+    data={"short": (Source(f"{ROOT}/s0", 0.85), Source(f"{ROOT}/text", 0.15))},
     phases=(Phase("short", 8_000_000, 256, 8, attention="dense", learn="trunk", data="short"),),
     schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
+    micro_rows=2,  # what a layer keeps then stays in the cache of a core
     scan=False,  # unrolled layers run faster on a CPU
     checkpoint_every=200,
 )

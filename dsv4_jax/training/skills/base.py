@@ -17,7 +17,8 @@ ATTEMPTS = 10000
 class Example:
     """One conversation with its reference answers.
 
-    messages: as the encoder takes them, assistant turns included. tools: declarations or nothing.
+    messages: as the encoder takes them, assistant turns included. text: instead of them, learnt
+    whole. tools: declarations or nothing.
     thinking: whether the assistant reasons. instances: what no other split may contain.
     tables: what look-up tools answer, for whoever plays them: tool name to key to value.
     """
@@ -28,9 +29,12 @@ class Example:
     instances: tuple[str, ...] = ()
     tools: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, dict[str, str]] = field(default_factory=dict)
+    text: str | None = None
 
     def item(self) -> dict[str, Any]:
         """As a line of JSON for `prepare_data.py`; `skill` and `tables` are for evaluation."""
+        if self.text is not None:
+            return {"skill": self.skill, "text": self.text}
         out: dict[str, Any] = {"skill": self.skill, "messages": self.messages}
         out["thinking"] = self.thinking
         if self.tools:

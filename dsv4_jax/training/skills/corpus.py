@@ -24,6 +24,7 @@ SKILLS: dict[str, Callable[[Maker, bool], Example]] = {
     "refusal": tools.make_refusal,
     "talk": talk.make,
     "small": talk.make_small,
+    "text": retrieval.make_text,
 }
 LEVELS = (0, 1, 2, 3)
 

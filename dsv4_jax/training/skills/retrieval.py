@@ -137,3 +137,9 @@ def _ask_about(maker: Maker, text: str, ask: str) -> str:
     if maker.rng.random() < 0.3:
         return f"{ask}\n\n{text}"
     return f"{text}\n\n{ask}"
+
+
+def make_text(maker: Maker, thinking: bool) -> Example:
+    """Filler alone, learnt whole. Splits cut texts by paragraphs, so there is no instance."""
+    del thinking
+    return Example("text", [], text="\n".join(maker.filler(maker.tokens - 2)))
