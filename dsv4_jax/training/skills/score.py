@@ -145,7 +145,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"{'skill':<20} {'mode':<9} {'length':>6} {'answers':>8} {'exact':>7}"]
     for r in found["rows"]:
         name = f"{r['skill']:<20} {r['mode']:<9} {r['length']:>6}"
-        lines.append(f"{name} {r['answers']:>8} {r['exact']:>7.1%}")
+        formed = f"  well formed {r['well formed']:.1%}" if "well formed" in r else ""
+        lines.append(f"{name} {r['answers']:>8} {r['exact']:>7.1%}{formed}")
     others = [f"{name}: {value:.1%}" for name, value in found.items() if name != "rows"]
     return "\n".join([*lines, *others])
 
