@@ -39,8 +39,15 @@ ROOT = "runs/demo/data"
 RUN = RunConfig(
     name="demo",
     model=MODEL,
-    data={"short": (Source(f"{ROOT}/s0", 0.93), Source(f"{ROOT}/text", 0.07))},
-    phases=(Phase("short", 8_000_000, 256, 4, attention="dense", learn="trunk", data="short"),),
+    data={
+        "copy": (Source(f"{ROOT}/w0", 0.93), Source(f"{ROOT}/text", 0.07)),
+        "short": (Source(f"{ROOT}/s0", 0.95), Source(f"{ROOT}/text", 0.05)),
+    },
+    phases=(
+        # long lists to copy first: most of what is learnt asks for looking back at what followed
+        Phase("copy", 600_000, 256, 4, attention="dense", learn="trunk", data="copy"),
+        Phase("short", 4_000_000, 256, 8, attention="dense", learn="trunk", data="short"),
+    ),
     schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
     micro_rows=2,  # what a layer keeps then stays in the cache of a core
     scan=False,  # unrolled layers run faster on a CPU
