@@ -254,7 +254,17 @@ def _index_scores(part: _Part, memory: Memory, program: Program) -> Array | None
     if not program.index_loss and memory.rows_BCH.shape[1] <= program.cfg.index_topk:
         return None
     query = indexer.IndexQuery(part.index_q_BtIJ, part.index_w_BtI)
-    return indexer.score_tile(query, memory.keys_BCJ, program.num)
+    scores_BtC = indexer.score_tile(query, memory.keys_BCJ, program.num)
+    return _shuffled(scores_BtC) if program.random_index else scores_BtC
+
+
+def _shuffled(scores: Array) -> Array:
+    """Numbers in [0, 1) that are decided by the scores but know nothing of their order."""
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
+    column_C = jnp.arange(scores.shape[-1], dtype=jnp.uint32)
+    bits = ((bits ^ (bits >> 13)) + column_C[None, None]) * jnp.uint32(0xC2B2AE35)
+    return (bits ^ (bits >> 16)).astype(jnp.float32) / 2.0**32
 
 
 def _selected(scores_BtC: Array | None, seen_BtC: Array, program: Program) -> Array:

@@ -1,7 +1,8 @@
 """Cross-entropy over a large vocabulary, a slice of tokens at a time.
 
 The gradient is formed in the same pass, while a slice's logits exist: no `[tokens, V]` array is
-ever kept, and the head's product is not computed twice.
+ever kept, and the head's product is not computed twice. Tokens that count are moved to the front,
+and slices without any are skipped: of chats most tokens are not learnt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 LOGIT_BUDGET = 1 << 24  # elements of one slice's logits
+SLICES, SMALLEST = 16, 64  # at least so many slices, unless they would have fewer tokens
 
 
 def token_losses(y_UD: Array, head_VD: Array, target_U: Array) -> Array:
@@ -22,7 +24,7 @@ def token_losses(y_UD: Array, head_VD: Array, target_U: Array) -> Array:
         logits_IV = _dot(y_ID, head_VD, 1, 1)
         return jax.nn.logsumexp(logits_IV, axis=-1) - _pick(logits_IV, target_I)
 
-    sliced = _slices(y_UD, head_VD.shape[0], target_U)
+    sliced = _slices(1, y_UD, head_VD.shape[0], target_U)
     return lax.map(one, sliced).reshape(-1)[: len(y_UD)]
 
 
@@ -37,10 +39,10 @@ def cross_entropy(y_UD: Array, head_VD: Array, target_U: Array, weight_U: Array)
     return (token_losses(y_UD, head, target_U) * weight_U).sum()
 
 
-def _slices(y_UD: Array, vocab: int, *rest: Array) -> tuple[Array, ...]:
+def _slices(least: int, y_UD: Array, vocab: int, *rest: Array) -> tuple[Array, ...]:
     """Cuts along tokens into slices within the budget, the last one padded with zeros."""
     tokens = len(y_UD)
-    count = -(-tokens * vocab // LOGIT_BUDGET)
+    count = max(-(-tokens * vocab // LOGIT_BUDGET), min(least, -(-tokens // SMALLEST)))
     size = -(-tokens // count)
 
     def cut(a: Array) -> Array:
@@ -68,7 +70,7 @@ def _forward(y_UD: Array, head_VD: Array, target_U: Array, weight_U: Array):
     head = head_VD.astype(y_UD.dtype)
     columns = jnp.arange(len(head), dtype=jnp.int32)[None]
 
-    def body(carry: tuple[Array, Array], chunk: tuple[Array, ...]):
+    def learn(carry: tuple[Array, Array], chunk: tuple[Array, ...]):
         loss, g_head = carry
         y_ID, target_I, weight_I = chunk
         logits_IV = _dot(y_ID, head, 1, 1)
@@ -79,10 +81,18 @@ def _forward(y_UD: Array, head_VD: Array, target_U: Array, weight_U: Array):
         g_y_ID = _dot(g_IV, head, 1, 0).astype(y_ID.dtype)
         return (loss, g_head + _dot(g_IV, y_ID, 0, 0)), g_y_ID
 
+    def skip(carry: tuple[Array, Array], chunk: tuple[Array, ...]):
+        return carry, jnp.zeros_like(chunk[0])
+
+    def body(carry: tuple[Array, Array], chunk: tuple[Array, ...]):
+        return lax.cond((chunk[2] != 0).any(), learn, skip, carry, chunk)
+
     zero = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    sliced = _slices(y_UD, len(head), target_U, weight_U)
-    (loss, g_head), g_y = lax.scan(body, zero, sliced)
-    g_y_UD = g_y.reshape(-1, y_UD.shape[1])[: len(y_UD)]
+    order_U = jnp.argsort(weight_U == 0, stable=True)
+    ordered = (a[order_U] for a in (y_UD, target_U, weight_U))
+    first, *rest = ordered
+    (loss, g_head), g_y = lax.scan(body, zero, _slices(SLICES, first, len(head), *rest))
+    g_y_UD = g_y.reshape(-1, y_UD.shape[1])[jnp.argsort(order_U)]
     return loss, (g_y_UD, g_head.astype(head_VD.dtype), target_U, weight_U)
 
 

@@ -20,6 +20,7 @@ class Program:
     index_loss: indexers learn (and run, even where nothing is selected).
     index_only: nothing but indexers learns; other losses are not computed.
     mtp: the MTP block runs and learns.
+    random_index: selections disregard what indexers found (to see what hangs on them).
     remat: "group": the backward pass recomputes each layer group from its input; "none": it keeps
         everything.
 
@@ -33,6 +34,7 @@ class Program:
     index_loss: bool = True
     index_only: bool = False
     mtp: bool = True
+    random_index: bool = False
     remat: str = "none"
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Program:
             raise ValueError(f"remat={self.remat!r} must be one of {REMAT}")
         if self.index_only and not self.index_loss:
             raise ValueError("index_only needs index_loss: nothing would learn")
+        if self.random_index and (self.index_loss or not self.sparse):
+            raise ValueError("random_index is for sparse attention without index_loss")
         if self.mtp and not self.cfg.num_mtp_layers:
             raise ValueError("mtp needs a model with an MTP block (num_mtp_layers is 0)")
 

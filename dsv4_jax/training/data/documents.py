@@ -94,16 +94,11 @@ def tokenise(item: Any, tokenizer: Tokenizer, where: str) -> Document:
 
 
 def _chat(item: dict[str, Any], tokenizer: Tokenizer, where: str) -> Document:
-    messages, tools = list(item["messages"]), item.get("tools")
     thinking = item.get("thinking", False)
     if not isinstance(thinking, bool):
         raise ValueError(f"{where}: thinking={thinking!r} must be true or false")
-    if tools:
-        if not messages or messages[0].get("role") != "system":
-            messages.insert(0, {"role": "system", "content": ""})
-        messages[0] = {**messages[0], "tools": tools}
     try:
-        segments = render_segments(messages, "thinking" if thinking else "chat")
+        segments = render(item)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     ids: list[int] = []
@@ -113,6 +108,20 @@ def _chat(item: dict[str, Any], tokenizer: Tokenizer, where: str) -> Document:
         ids += new
         learn += [learnt] * len(new)
     return Document(np.array(ids, np.int32), np.array(learn, bool))
+
+
+def render(item: dict[str, Any]) -> list[Segment]:
+    """A chat as the encoder writes it; tools are declared by its system message.
+
+    Raises:
+        ValueError: the encoder refuses a message.
+    """
+    messages, tools = list(item["messages"]), item.get("tools")
+    if tools:
+        if not messages or messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": ""})
+        messages[0] = {**messages[0], "tools": tools}
+    return render_segments(messages, "thinking" if item.get("thinking") else "chat")
 
 
 def mark_answers(segments: list[Segment], thinking: bool) -> Iterator[tuple[Segment, bool]]:
