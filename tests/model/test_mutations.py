@@ -362,8 +362,8 @@ def rounding_weight_behind_w2(weights, x_YD, scale_Y, cfg, num, which=None, expe
     return out if scale_Y is None else num.cast(out.astype(jnp.float32) * scale_Y[:, None])
 
 
-def unrounded_linear(x, weight, num, rounded=True, linear=attention.linear):
-    return linear(x, weight, num, rounded=False)
+def unrounded_linear(x, weight, num, rounded=True, wide=False, linear=attention.linear):
+    return linear(x, weight, num, rounded=False, wide=wide)
 
 
 ROUNDINGS = {
