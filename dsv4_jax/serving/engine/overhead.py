@@ -37,7 +37,7 @@ def measure(
     """Decoded tokens per second of `batch` sequences, greedy, with random weights.
 
     The bare loop is the jitted model step on a cache of its own, behind the same prompts, fed with
-    its own argmax and never read until the end. Both run in turns, and the best turn of each counts:
+    its own argmax and never read until the end. Both run in turns; the best turn of each counts:
     what else the machine does only slows them. `cpu_ratio` is the same per second of CPU time, in
     which the host's work counts in full although it runs beside the device's.
 
