@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -38,9 +37,9 @@ def measure(
     """Decoded tokens per second of `batch` sequences, greedy, with random weights.
 
     The bare loop is the jitted model step on a cache of its own, behind the same prompts, fed with
-    its own argmax and never read until the end. Both run in turns; figures are medians, `ratio` of the ratios of the turns.
-    `cpu_ratio` is the same per second of CPU time: the host's work counts in full although it runs
-    beside the device's, and a busy machine does not matter.
+    its own argmax and never read until the end. Both run in turns; the best turn of each counts:
+    what else the machine does only slows them. `cpu_ratio` is the same per second of CPU time, in
+    which the host's work counts in full although it runs beside the device's.
 
     Raises:
         ValueError: `tokens` or `repeats` is too small, or the model's context too short.
@@ -61,14 +60,14 @@ def measure(
         turns = [(next(bare), engine_rate(engine, batch, tokens)) for _ in range(repeats)]
     finally:
         engine.stop()
-    ratios = [ours.wall / theirs.wall for theirs, ours in turns]
+    theirs, ours = (Rate(*map(max, zip(*side, strict=True))) for side in zip(*turns, strict=True))
     return {
         "batch": batch,
-        "bare_tokens_per_s": statistics.median(theirs.wall for theirs, _ in turns),
-        "engine_tokens_per_s": statistics.median(ours.wall for _, ours in turns),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "cpu_ratio": statistics.median(ours.cpu / theirs.cpu for theirs, ours in turns),
+        "bare_tokens_per_s": theirs.wall,
+        "engine_tokens_per_s": ours.wall,
+        "ratio": ours.wall / theirs.wall,
+        "ratios": [ours.wall / theirs.wall for theirs, ours in turns],
+        "cpu_ratio": ours.cpu / theirs.cpu,
     }
 
 

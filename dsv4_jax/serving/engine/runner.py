@@ -79,6 +79,7 @@ class _Fixed:
     knobs: Any
     words_BW: Any
     host_words_BW: np.ndarray | None  # the same; None allows everything
+    has_own: bool  # a row may have a mask that holds for one step
 
 
 class Runner:
@@ -195,8 +196,7 @@ class Runner:
 
     def _decode(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.decode_batch, 3), np.int32)
-        for i, row in enumerate(plan.decode):
-            rows_B3[i] = row.position, 1, 1
+        rows_B3[: len(plan.decode)] = [(row.position, 1, 1) for row in plan.decode]
         start_s = time.monotonic()
         batch, failed, mask_s = self._batch(plan.decode, rows_B3)
         self.state, sampled = self.programs.decode(self.programs.params, self.state, batch)
@@ -240,7 +240,7 @@ class Runner:
         fixed = self._fixed_of(rows, len(rows_B3))
         start_s = time.monotonic()
         words, failed = self._masks(rows, fixed, len(rows_B3))
-        has_guides = any(row.request.guided for row in rows)
+        has_guides = fixed.has_own and any(row.request.guided for row in rows)
         mask_s = time.monotonic() - start_s if has_guides else None
         return Batch(rows_B3, fixed.slots_B, fixed.table_BP, fixed.knobs, words), failed, mask_s
 
@@ -254,8 +254,8 @@ class Runner:
             return last
         slots = np.full(size, self._scratch, np.int32)
         slots[: len(rows)] = [row.slot for row in rows]
+        payloads = [row.request.payload for row in rows]
         if last is None:
-            payloads = [row.request.payload for row in rows]
             values = [(payload.sampling, payload.key_2) for payload in payloads]
             host_words = self._allowed(rows, size)
             slots_B, knobs = self.programs.put((slots, knobs_of(values, size)))
@@ -264,7 +264,9 @@ class Runner:
             slots_B, knobs = last.slots_B, last.knobs
             words, host_words = last.words_BW, last.host_words_BW
         table_BP = self.programs.put(self._tables[slots])
-        fixed = _Fixed(key, self._tables_version, slots_B, table_BP, knobs, words, host_words)
+        has_own = any(payload.guide or payload.has_early for payload in payloads)
+        version = self._tables_version
+        fixed = _Fixed(key, version, slots_B, table_BP, knobs, words, host_words, has_own)
         self._fixed[kind] = fixed
         return fixed
 
@@ -285,7 +287,7 @@ class Runner:
         """Masks of a step, filled while the device works on the steps before."""
         failed: dict[int, Exception] = {}
         words: np.ndarray | None = None
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows if fixed.has_own else ()):
             try:
                 mine = _own_mask(row, self._mask_words)
             except Exception as error:  # foreign code: it costs this request and no other
@@ -350,7 +352,7 @@ def _own_mask(row: Row, width: int) -> np.ndarray | None:
     if not (isinstance(row, DecodeRow) or row.samples):
         return None
     allowed, words_W = payload.allowed, None
-    if allowed is not None and allowed.early_W is not None and _drawn(row) < allowed.early:
+    if allowed is not None and payload.has_early and _drawn(row) < allowed.early:
         words_W = allowed.early_W
     if payload.guide is None:
         return words_W

@@ -52,6 +52,11 @@ class Payload:
     taken: int = 0  # and by the reader
 
     @property
+    def has_early(self) -> bool:
+        """Whether its first tokens have a mask of their own."""
+        return self.allowed is not None and self.allowed.early_W is not None
+
+    @property
     def is_behind(self) -> bool:
         """Whether the reader leaves too much to wait for him."""
         return self.given - self.taken > MAX_UNREAD
