@@ -127,7 +127,7 @@ class Attention(nn.Module):
         rows = round_rows(new.rows_BCH, cfg, self.num)
         place = chunk.place(index)
         cache["rows"] = store.write_rows(
-            cache["rows"], place, new.first_B, new.count_B, rows, num.kernels
+            cache["rows"], place, new.first_B, new.count_B, rows, num.kernels, self._every(x_BTD)
         )
 
     def _compress_keys(
@@ -143,8 +143,12 @@ class Attention(nn.Module):
         keys = round_index(new.rows_BCH, self.num)
         place = chunk.place(index)
         cache["keys"] = store.write_rows(
-            cache["keys"], place, new.first_B, new.count_B, keys, num.kernels
+            cache["keys"], place, new.first_B, new.count_B, keys, num.kernels, self._every(x_BTD)
         )
+
+    def _every(self, x_BTD: Array) -> int:
+        """Of single tokens, one in so many completes a row."""
+        return self.ratio if x_BTD.shape[1] == 1 else 1
 
     def _index_query(self, x_BTD: Array, latent_BTQ: Array, turn: Rotation) -> indexer.IndexQuery:
         cfg, num, w = self.cfg, self.num, self.weights["indexer"]

@@ -342,11 +342,16 @@ def write_rows(
     count_B: Array,
     new_BTH: Array,
     kernels: str | None = None,
+    every: int = 1,
 ) -> Rows:
-    """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …"""
+    """Stores the first `count_B` of `new_BTH` as rows first_B, first_B + 1, …
+
+    every: one sequence in so many has any, on average, which the kernel's cost estimate counts on.
+    """
     if _by_kernel(rows, kernels):
         table = jnp.arange(len(first_B))[:, None] if place.table_BP is None else place.table_BP
-        return _put_columns(rows, place, table, first_B, count_B, pack(rows, new_BTH), kernels)
+        new = pack(rows, new_BTH)
+        return _put_columns(rows, place, table, first_B, count_B, new, kernels, every)
     steps = jnp.arange(new_BTH.shape[1])[None]
     owner, entry = _locate(rows, place, first_B[:, None] + steps)
     entry = jnp.where(steps < count_B[:, None], entry, num_rows(rows))  # out of range: dropped
@@ -370,6 +375,7 @@ def _put_columns(
     count_B: Array,
     new: Rows,
     kernels: str | None,
+    every: int = 1,
 ) -> Rows:
     stores, treedef = jax.tree.flatten(rows)
     updated = update_rows(
@@ -379,6 +385,7 @@ def _put_columns(
         first_B,
         count_B.astype(jnp.int32),
         layer=place.layer,
+        every=every,
         implementation=kernels,  # type: ignore[arg-type]
     )
     return jax.tree.unflatten(treedef, updated)

@@ -212,7 +212,8 @@ def _fusion(module: Module, here: dict[str, Op], op: Op) -> int:
     for index, name in enumerate(op.operands):
         whole = here[name].size if name in here else 0
         sliced, updated = _use(module, inner, _parameter(module, inner, index))
-        total += whole if sliced is None else min(whole, sliced + updated)
+        used = 0 if sliced is None else sliced + updated
+        total += min(whole, used) if used else whole  # used in no known way: all of it
         in_place += whole if updated else 0
     return total + max(op.size - in_place, 0) + _updates(module.computations.get(inner, {}))
 

@@ -27,6 +27,7 @@ def update_rows(
     count_B: Array,
     *,
     layer: Array | int = 0,
+    every: int = 1,
     implementation: Implementation | None = None,
     interpret_params: Any = True,
 ) -> tuple[Array, ...]:
@@ -38,6 +39,7 @@ def update_rows(
     owner_BJ: the second index of block j of a sequence's entries, `[B, J]` int32, where blocks have
         C entries. No two sequences may write to the same owner.
     layer: entry of the leading dimension.
+    every: one sequence in so many has new entries, on average: for the cost estimate alone.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -47,9 +49,9 @@ def update_rows(
     args = (stores, new, owner_BJ, first_B, count_B, jnp.asarray(layer, jnp.int32))
     if implementation == "reference":
         return reference.update_rows(*args)
-    run = partial(_kernel, interpret=False)
+    run = partial(_kernel, every=every, interpret=False)
     if implementation == "interpret":
-        return _kernel(*args, interpret=interpret_params)
+        return _kernel(*args, every=every, interpret=interpret_params)
     if implementation == "pallas":
         return run(*args)
     if implementation is not None:
@@ -81,7 +83,9 @@ def _check(stores, new, owner_BJ: Array, first_B: Array, count_B: Array) -> None
             raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, must be int32 [{batch}]")
 
 
-def _kernel(stores, new, owner_BJ, first_B, count_B, layer, *, interpret) -> tuple[Array, ...]:
+def _kernel(
+    stores, new, owner_BJ, first_B, count_B, layer, *, every, interpret
+) -> tuple[Array, ...]:
     kernel.check(stores, new)
     columns = tuple(jnp.swapaxes(store, 2, 3) for store in stores)
     source_XS = jnp.concatenate([rows.reshape(-1, rows.shape[2]).T for rows in new])
@@ -98,6 +102,7 @@ def _kernel(stores, new, owner_BJ, first_B, count_B, layer, *, interpret) -> tup
         count_B,
         layer[None],
         fresh=new[0].shape[1],
+        every=every,
         interpret=interpret,
     )
     return tuple(jnp.swapaxes(column, 2, 3) for column in updated)

@@ -161,13 +161,15 @@ def update_rows(
     count_B: Array,
     layer_1: Array,
     fresh: int,
+    every: int,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Array, ...]:
     """Columns `[L, O, K, C]` with the new ones in place. source_XS: their bytes, sequence by
-    sequence, padded as `padding` says."""
+    sequence, padded as `padding` says. every: of so many sequences one has any, on average."""
     batch, blocks = owner_BJ.shape
     plan = Plan(batch, fresh, blocks, columns[0].shape[3], source_XS.shape[1])
     num, hbm = len(columns), pl.BlockSpec(memory_space=pltpu.HBM)
+    touched = -(-batch * plan.tiles // every)
     tile_bytes = sum(a.shape[2] * LANES for a in columns)
     return pl.pallas_call(
         partial(_body, plan, num),
@@ -186,9 +188,9 @@ def update_rows(
         input_output_aliases={5 + n: n for n in range(num)},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=32 << 20),
         cost_estimate=pl.CostEstimate(
-            flops=2 * batch * plan.tiles * source_XS.shape[0] * plan.span * LANES,
+            flops=2 * touched * source_XS.shape[0] * plan.span * LANES,
             transcendentals=0,
-            bytes_accessed=source_XS.size + 2 * batch * plan.tiles * tile_bytes,
+            bytes_accessed=source_XS.size + 2 * touched * tile_bytes,
         ),
         interpret=interpret,
         name="row_update",

@@ -9,6 +9,15 @@ from pallas_kernels import aot
 REASON = aot.skip_reason()
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
+OPS = (
+    "compress_chunk",
+    "compress_step",
+    "index_topk",
+    "query_heads",
+    "row_update",
+    "sparse_attention",
+)
+
 
 def check(reports):
     for report in reports:
@@ -17,12 +26,11 @@ def check(reports):
         assert 0 < report.vmem_bytes < aot.CHIPS[report.chip].vmem_bytes, where
         pools = [c for c in report.copies if c.startswith(("u8", "u16"))]  # rows, keys, rings
         assert not pools, f"{where}: {pools} copied"
-        assert 0 < report.smem_bytes < 256 << 10, where
+        assert report.smem_bytes < 256 << 10, where
         assert report.temp_bytes < 32 << 20, f"{where}: {report.temp_bytes} bytes of temporaries"
 
 
-@pytest.mark.parametrize("chip", aot.CHIPS)
-@pytest.mark.parametrize("op", ["compress_step", "index_topk", "sparse_attention", "row_update"])
-def test_kernels_compile_without_copies(op, chip):
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_without_copies(op):
     shapes = importlib.import_module(f"pallas_kernels.{op}.shapes")
-    check(aot.compile_isolated(f"{shapes.__name__}:build", shapes.REPRESENTATIVE, [chip]))
+    check(aot.compile_isolated(f"{shapes.__name__}:build", shapes.REPRESENTATIVE, aot.CHIPS))
