@@ -45,8 +45,8 @@ RUN = RunConfig(
     },
     phases=(
         # long lists to copy first: most of what is learnt asks for looking back at what followed
-        Phase("copy", 600_000, 256, 4, attention="dense", learn="trunk", data="copy"),
-        Phase("short", 4_000_000, 256, 8, attention="dense", learn="trunk", data="short"),
+        Phase("copy", 430_080, 256, 4, attention="dense", learn="trunk", data="copy"),
+        Phase("short", 2_560_000, 256, 4, attention="dense", learn="trunk", data="short"),
     ),
     schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
     micro_rows=2,  # what a layer keeps then stays in the cache of a core
