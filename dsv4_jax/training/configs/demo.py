@@ -40,9 +40,9 @@ RUN = RunConfig(
     name="demo",
     model=MODEL,
     data={
-        "copy": (Source(f"{ROOT}/w0", 0.93), Source(f"{ROOT}/text", 0.07)),
-        "short": (Source(f"{ROOT}/s0", 0.95), Source(f"{ROOT}/text", 0.05)),
-        "middle": (Source(f"{ROOT}/s1"),),
+        "copy": (Source(f"{ROOT}/copy", 0.93), Source(f"{ROOT}/text", 0.07)),
+        "short": (Source(f"{ROOT}/short", 0.95), Source(f"{ROOT}/text", 0.05)),
+        "middle": (Source(f"{ROOT}/middle"),),
     },
     phases=(
         # long lists to copy first: most of what is learnt asks for looking back at what followed
