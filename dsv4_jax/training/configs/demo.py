@@ -40,16 +40,18 @@ RUN = RunConfig(
     name="demo",
     model=MODEL,
     data={
-        "copy": (Source(f"{ROOT}/w0", 0.93), Source(f"{ROOT}/text", 0.07)),
-        "short": (Source(f"{ROOT}/s0", 0.95), Source(f"{ROOT}/text", 0.05)),
+        "copy": (Source(f"{ROOT}/copy", 0.93), Source(f"{ROOT}/text", 0.07)),
+        "short": (Source(f"{ROOT}/short", 0.95), Source(f"{ROOT}/text", 0.05)),
+        "middle": (Source(f"{ROOT}/middle"),),
     },
     phases=(
         # long lists to copy first: most of what is learnt asks for looking back at what followed
-        Phase("copy", 600_000, 256, 4, attention="dense", learn="trunk", data="copy"),
-        Phase("short", 4_000_000, 256, 8, attention="dense", learn="trunk", data="short"),
+        Phase("copy", 430_080, 256, 4, attention="dense", learn="trunk", data="copy"),
+        Phase("short", 1_638_400, 256, 4, attention="dense", learn="trunk", data="short"),
+        Phase("middle", 4_096_000, 512, 4, attention="dense", learn="trunk", data="middle"),
     ),
     schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
     micro_rows=2,  # what a layer keeps then stays in the cache of a core
     scan=False,  # unrolled layers run faster on a CPU
-    checkpoint_every=200,
+    checkpoint_every=100,
 )

@@ -70,6 +70,7 @@ class Maker:
         Raises:
             ValueError: hardly any instance is, so that the skill cannot be held out.
         """
+        instance = ""
         for _ in range(ATTEMPTS):
             instance, value = make()
             if split_of(instance) == self.split:
