@@ -16,10 +16,15 @@ print(use_compile_cache(*sys.argv[1:] or [None]))
 jax.jit(lambda x: x * 3 + 1)(2.0).block_until_ready()
 """
 
+BREAK = {
+    "removed": "import shutil; shutil.rmtree(sys.argv[1])",
+    "full": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
+}
 
-def run(*args: str, **env: str) -> str:
+
+def run(*args: str, code: str = CODE, **env: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
-    command = [sys.executable, "-c", CODE, *args]
+    command = [sys.executable, "-c", code, *args]
     done = subprocess.run(command, env=clean | env, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -31,6 +36,15 @@ def test_programs_are_kept_where_they_should_be(tmp_path):
     named = tmp_path / "a" / "b"
     assert run(str(named)) == str(named) and list(named.iterdir())
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")) == str(tmp_path / "jax")
+
+
+@pytest.mark.parametrize("fault", BREAK)
+def test_programs_are_compiled_although_none_can_be_kept(fault, tmp_path):
+    first, second = CODE.rsplit("jax.jit", 1)
+    code = f"{first}{BREAK[fault]}\njax.jit{second}print('compiled')"
+    assert run(str(tmp_path / "cache"), code=code).endswith("compiled")
+    left = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
+    assert fault == "removed" or not left
 
 
 def test_off_keeps_nothing(tmp_path):
