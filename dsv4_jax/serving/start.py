@@ -21,7 +21,7 @@ from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import Engine
-from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
+from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
 from dsv4_jax.serving.mesh import shards_for
@@ -63,11 +63,12 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     max_len = min(cfg.max_len, DEFAULT_MAX_LEN) if args.max_len is None else args.max_len
     if max_len > cfg.max_len:
         raise ValueError(f"--max-len {max_len} must not exceed the model's {cfg.max_len}")
-    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens)
+    num = Numerics(args.numerics, args.dtype, args.implementation)
+    page = page_for(num)
+    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
     shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
-    num = Numerics(args.numerics, args.dtype, args.implementation)
     say(f"model    {name}: {cfg.num_layers} layers, {args.checkpoint or 'the demo'}")
     say(f"context  {max_len:,} of {cfg.max_len:,} tokens (--max-len)")
     say(f"prompts  {profile} profile, thinking effort {args.default_effort} unless asked otherwise")

@@ -18,7 +18,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine
-from dsv4_jax.serving.engine.sizing import plan_sizes
+from dsv4_jax.serving.engine.sizing import page_for, plan_sizes
 from dsv4_jax.serving.engine.units import UNIT
 
 PROMPT = [5, 6, 7, 8]
@@ -50,7 +50,9 @@ def measure(
     if max_len > cfg.max_len:
         raise ValueError(f"tokens={tokens} do not fit into the model's {cfg.max_len}")
     params = model.init_params(cfg, jax.random.key(0))
-    scheduling, sizes = plan_sizes(cfg, max_len, batch, cache_tokens=batch * max_len)
+    page = page_for(num)
+    room = batch * -(-max_len // page) * page
+    scheduling, sizes = plan_sizes(cfg, max_len, batch, room, page)
     engine = Engine(cfg, num, params, scheduling, sizes)
     engine.warm_up()
     engine.start()

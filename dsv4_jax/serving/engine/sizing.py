@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dsv4_jax.cache import page_unit
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import CSA, ModelConfig
+from dsv4_jax.kernels import PACKED_PAGE
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Sizes, memory
@@ -16,8 +17,20 @@ CHECKPOINTS = 64
 CACHED_CONTEXTS = 2  # full-length contexts that the default page pool holds
 
 
+def page_for(num: Numerics) -> int:
+    """Tokens of a page: as few as can be, but kernels read CSA layers' rows a whole tile at a time.
+
+    From smaller pages they would be copied first, all that the sequences have room for.
+    """
+    return max(CSA * PACKED_PAGE, UNIT) if num.kernels and num.packed_cache else UNIT
+
+
 def plan_sizes(
-    cfg: ModelConfig, max_len: int, slots: int, cache_tokens: int | None = None
+    cfg: ModelConfig,
+    max_len: int,
+    slots: int,
+    cache_tokens: int | None = None,
+    page_tokens: int = UNIT,
 ) -> tuple[SchedulerConfig, Sizes]:
     """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
 
@@ -33,12 +46,12 @@ def plan_sizes(
         raise ValueError(
             f"compress_ratios need pages of {page_unit(cfg)} tokens; the server's are {UNIT}"
         )
-    needed = -(-max_len // UNIT) * UNIT
+    needed = -(-max_len // page_tokens) * page_tokens
     cache_tokens = CACHED_CONTEXTS * needed if cache_tokens is None else cache_tokens
     if cache_tokens < needed:
         raise ValueError(
             f"a cache of {cache_tokens} tokens cannot hold one context of {max_len}: the largest "
-            f"context that fits is {cache_tokens // UNIT * UNIT}"
+            f"context that fits is {cache_tokens // page_tokens * page_tokens}"
         )
     scheduling = SchedulerConfig(
         num_slots=slots,
@@ -49,8 +62,8 @@ def plan_sizes(
         step_tokens=CHUNK + slots,
         queue=QueueLimits(),
     )
-    pages = 1 + cache_tokens // UNIT  # page 0 is scratch
-    return scheduling, Sizes(slots, pages, UNIT, max_len, CHECKPOINTS)
+    pages = 1 + cache_tokens // page_tokens  # page 0 is scratch
+    return scheduling, Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS)
 
 
 def memory_plan(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> str:

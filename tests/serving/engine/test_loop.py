@@ -11,7 +11,7 @@ from dsv4_jax.model import init_params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine, EngineError
-from dsv4_jax.serving.engine.sizing import memory_plan, plan_sizes
+from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from tests.serving.engine.conftest import MAX_LEN
 
 NEW = 12
@@ -92,6 +92,14 @@ def test_memory_plan_names_every_use():
     line = memory_plan(cfg, Numerics(), sizes)
     assert "cache of 1,048,576 tokens 3.68 GB" in line
     assert "8 slots" in line and "checkpoints" in line
+
+
+def test_pages_are_as_large_as_kernels_need():
+    assert page_for(Numerics(implementation="reference")) == 128
+    assert page_for(Numerics("plain", "float32", "pallas")) == 128
+    assert page_for(Numerics(implementation="pallas")) == 512
+    _, sizes = plan_sizes(presets.v4_flash(), 1 << 20, 8, page_tokens=512)
+    assert (sizes.page_tokens, sizes.table_pages, sizes.pages) == (512, 2048, 4097)
 
 
 def test_a_stopped_engine_refuses_work():
