@@ -81,7 +81,7 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     engine.add_argument("--config", default=str(DEMO_CONFIG), metavar="FILE", help=config)
     engine.add_argument("--batches", type=numbers, default=[8, 32], metavar="B,B")
     engine.add_argument("--tokens", type=int, default=200, metavar="N", help="a stream")
-    engine.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each")
+    engine.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each")
     return engine
 
 

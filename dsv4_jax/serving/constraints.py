@@ -52,7 +52,8 @@ class Constrainer:
             raise invalid("response_format", problem)
         rules = None
         if tools and choice.mode != "none":
-            rules = self._tool_rules(tools, choice.name, is_parallel)
+            must_hold = choice.mode == "required" or reply is not None
+            rules = self._tool_rules(tools, choice.name, is_parallel, must_hold)
         return Constraints(self._content(rules, choice, reply), self._calls(rules, tools))
 
     def _calls(self, rules: ToolGrammar | None, tools: Tools) -> Grammar | None:
@@ -60,10 +61,14 @@ class Constrainer:
         try:
             return self._compiler.compile(rules.after_marker(), "tools") if rules else None
         except ApiError as error:
-            if any(tool["function"].get("strict") for tool in tools):
-                raise
-            _log.info("calls are not held to their tools: %s", error.message)
+            self._let_pass(tools, error)
             return None
+
+    def _let_pass(self, tools: Tools, error: ApiError) -> None:
+        """Says that calls are free; raises if one of the tools is strict."""
+        if any(tool["function"].get("strict") for tool in tools):
+            raise error
+        _log.info("calls are not held to their tools: %s", error.message)
 
     def _content(
         self, rules: ToolGrammar | None, choice: ToolChoice, reply: ReplyFormat | None
@@ -79,15 +84,27 @@ class Constrainer:
             raise invalid("response_format", "a grammar cannot be combined with tools")
         return self._compiler.compile(rules.whole_block(reply_rules(reply, "reply")), param)
 
-    def _tool_rules(self, tools: Tools, only: str | None, is_parallel: bool) -> ToolGrammar:
-        """Returns rules that compile: schemas we cannot follow are left out, unless strict."""
+    def _tool_rules(
+        self, tools: Tools, only: str | None, is_parallel: bool, must_hold: bool
+    ) -> ToolGrammar | None:
+        """Returns rules that compile: schemas we cannot follow are left out, unless strict.
+
+        Nothing at all if there are too many of them, unless they must hold.
+        """
         dsml = self._compiler.control(C.DSML)
-        rules = ToolGrammar(dsml, tools, only, is_parallel)
         try:
+            rules = ToolGrammar(dsml, tools, only, is_parallel)
             self._compiler.compile(rules.after_marker(), "tools")
+            return rules
         except ApiError:
-            return ToolGrammar(dsml, self._usable(tools), only, is_parallel)
-        return rules
+            usable = self._usable(tools)
+        try:
+            return ToolGrammar(dsml, usable, only, is_parallel)
+        except ApiError as error:
+            if must_hold:
+                raise
+            self._let_pass(tools, error)
+            return None
 
     def _usable(self, tools: Tools) -> list[Mapping[str, Any]]:
         dsml = self._compiler.control(C.DSML)

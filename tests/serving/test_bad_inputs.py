@@ -196,6 +196,7 @@ def test_hostile_expressions(address, kind, text):
         {"properties": {"a": 5, "b": None, "": True}},
         {"properties": 5, "required": 5},
         {"properties": {f"p{i}": {"type": "integer"} for i in range(3000)}},
+        {"properties": {f"p{i}": {"$ref": "#/properties/p0"} for i in range(3000)}},
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -16,6 +16,7 @@ from dsv4_jax.encoding import parse_message_from_completion_text
 from dsv4_jax.serving.errors import ApiError
 from dsv4_jax.serving.grammar import GrammarCompiler, ToolGrammar, reply_rules
 from dsv4_jax.serving.grammar.guide import GrammarError, GrammarGuide
+from dsv4_jax.serving.grammar.parameters import kinds_of
 from dsv4_jax.serving.tool_fields import ReplyFormat
 from dsv4_jax.tokenizer import Tokenizer
 from tests.encoding import support
@@ -340,3 +341,22 @@ def test_wrong_masks_are_refused():
     guide = compiler("demo").compile(reply_rules(ReplyFormat("regex", "ab")), "x").guide()
     with pytest.raises(ValueError, match="words_W"):
         guide.fill(np.zeros(10, np.uint8))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "schema", [{"type": "integer"}, {"$ref": "#/$defs/a"}], ids=["plain", "ref"]
+)
+def test_rules_that_become_too_large_are_given_up_early(schema, strict, monkeypatch):
+    def count(value, *rest):
+        seen.append(value)
+        return kinds_of(value, *rest)
+
+    seen: list[Any] = []
+    monkeypatch.setattr("dsv4_jax.serving.grammar.tools.kinds_of", count)
+    parameters = {"properties": {f"p{i}": schema for i in range(20_000)}, "$defs": {"a": {}}}
+    tool = {"function": {"name": "f", "parameters": parameters, "strict": strict}}
+    with pytest.raises(ApiError, match="too large") as caught:
+        ToolGrammar("<[128825]>", [tool])
+    assert caught.value.code == "invalid_schema"
+    assert len(seen) < 5000  # what comes behind is not even looked at

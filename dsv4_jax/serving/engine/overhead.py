@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -32,14 +33,14 @@ class Rate(NamedTuple):
 
 
 def measure(
-    cfg: ModelConfig, num: Numerics, batch: int, tokens: int = 200, repeats: int = 5
+    cfg: ModelConfig, num: Numerics, batch: int, tokens: int = 200, repeats: int = 9
 ) -> dict[str, Any]:
     """Decoded tokens per second of `batch` sequences, greedy, with random weights.
 
     The bare loop is the jitted model step on a cache of its own, behind the same prompts, fed with
-    its own argmax and never read until the end. Both run in turns; the best turn of each counts:
-    what else the machine does only slows them. `cpu_ratio` is the same per second of CPU time, in
-    which the host's work counts in full although it runs beside the device's.
+    its own argmax and never read until the end. Both run in turns; figures are medians, `ratio` of
+    the ratios of the turns. `cpu_ratio` is the same per second of CPU time, in which the work of
+    the host counts in full although it runs beside that of the device.
 
     Raises:
         ValueError: `tokens` or `repeats` is too small, or the model's context too short.
@@ -62,14 +63,14 @@ def measure(
         turns = [(next(bare), engine_rate(engine, batch, tokens)) for _ in range(repeats)]
     finally:
         engine.stop()
-    theirs, ours = (Rate(*map(max, zip(*side, strict=True))) for side in zip(*turns, strict=True))
+    ratios = [ours.wall / theirs.wall for theirs, ours in turns]
     return {
         "batch": batch,
-        "bare_tokens_per_s": theirs.wall,
-        "engine_tokens_per_s": ours.wall,
-        "ratio": ours.wall / theirs.wall,
-        "ratios": [ours.wall / theirs.wall for theirs, ours in turns],
-        "cpu_ratio": ours.cpu / theirs.cpu,
+        "bare_tokens_per_s": statistics.median(theirs.wall for theirs, _ in turns),
+        "engine_tokens_per_s": statistics.median(ours.wall for _, ours in turns),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "cpu_ratio": statistics.median(ours.cpu / theirs.cpu for theirs, ours in turns),
     }
 
 

@@ -51,12 +51,20 @@ def _resolved(ref: Any, root: Mapping[str, Any]) -> Any:
     return found
 
 
-def json_parameter(key: str, root: Mapping[str, Any], is_strict: bool) -> str:
-    """Returns the right side of a rule for parameter `key` of the object schema `root`."""
+def has_refs(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema may hold references."""
+    return '"$ref"' in json.dumps(schema)
+
+
+def json_parameter(key: str, root: Mapping[str, Any], refs: bool, is_strict: bool) -> str:
+    """Returns the right side of a rule for parameter `key` of the object schema `root`.
+
+    `refs`: what `has_refs` says of `root`.
+    """
     schema = root["properties"][key]
     if not isinstance(schema, Mapping):
         schema = {}
-    elif '"$ref"' in json.dumps(root):  # references are seen from the root
+    elif refs:  # references are seen from the root
         place = key.replace("~", "~0").replace("/", "~1")
         ref = f"#/$defs/root/properties/{place}"
         schema = {"$ref": ref, "$defs": {"root": _moved(root)}}
