@@ -38,8 +38,9 @@ def block_matmul(
         the g-th part of `x`, whose last dimension is `groups · in`.
     round_activations: first round `x` to FP8 per token and 128 channels. Fused while all rows fit
         one tile (decode); otherwise one pass over `x` in front of the kernel.
-    native: whether codes reach the matrix unit as they are, which needs float8_e8m0fnu scales; None:
-        where the chip has such products and they pay (`tuning.py`). Results are the same.
+    native: whether codes reach the matrix unit as they are and scales, which must be
+        float8_e8m0fnu, multiply x: the same results while those products are normal bfloat16
+        numbers. None: where the chip can and it pays (`tuning.py`).
     implementation: None is the kernel on TPU and the reference elsewhere.
     interpret_params: what `interpret` hands to `pallas_call`.
 
