@@ -66,7 +66,11 @@ def block_matmul(
     if native is None:
         native = is_exact and len(x_UK) <= tuning.of_this_chip().native_rows
     tiled = partial(
-        _tiled, native=native, groups=groups, rounds=round_activations, out_dtype=out_dtype
+        _tiled,
+        groups=groups,
+        rounds=round_activations,
+        out_dtype=out_dtype,
+        native=bool(native),
     )
     args = (x_UK, codes, scales_nk, layer_1)
     if x_UK.shape[0] == 0 or implementation == "reference":
