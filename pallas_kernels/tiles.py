@@ -160,6 +160,24 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def native_dot(x_ref, codes_ref, scale_at: ScaleAt, scaled_ref) -> jax.Array:
+    """`x · wᵀ` with bare codes as an operand of the matrix unit; `scaled_ref` is like `x`.
+
+    Power-of-two scales multiply x, which is exact where the products are normal bfloat16 numbers.
+    """
+    parts = []
+    for i, rows in enumerate(row_blocks(codes_ref.shape[0])):
+
+        def body(k, start, width, i=i):
+            lanes = pl.ds(start, width)
+            x = x_ref[:, lanes].astype(jnp.float32) * scale_at(i, k)
+            scaled_ref[:, lanes] = x.astype(scaled_ref.dtype)
+
+        for_lane_blocks(x_ref.shape[1], body)
+        parts.append(dot(scaled_ref[...], codes_ref[rows, :]))
+    return jnp.concatenate(parts, axis=1)
+
+
 def scaled_dot(x_ref, w_ref, scale_at: ScaleAt, acc_ref) -> jax.Array:
     """`x · wᵀ` of bare codes, each 128-wide partial sum times the float32 scale of its block."""
     blocks = row_blocks(w_ref.shape[0])

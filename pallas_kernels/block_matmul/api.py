@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_matmul import kernel, reference
+from pallas_kernels.block_matmul import kernel, reference, tuning
 
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 SCALE_DTYPES = (jnp.float8_e8m0fnu, jnp.float32)
@@ -24,6 +24,7 @@ def block_matmul(
     groups: int = 1,
     round_activations: bool = False,
     out_dtype: Any = jnp.bfloat16,
+    native: bool | None = None,
     implementation: str | None = None,
     interpret_params: Any = True,
 ) -> jax.Array:
@@ -37,6 +38,9 @@ def block_matmul(
         the g-th part of `x`, whose last dimension is `groups · in`.
     round_activations: first round `x` to FP8 per token and 128 channels. Fused while all rows fit
         one tile (decode); otherwise one pass over `x` in front of the kernel.
+    native: whether codes reach the matrix unit as they are and scales, which must be
+        float8_e8m0fnu, multiply x: the same results while those products are normal bfloat16
+        numbers. None: where the chip can and it pays (`tuning.py`).
     implementation: None is the kernel on TPU and the reference elsewhere.
     interpret_params: what `interpret` hands to `pallas_call`.
 
@@ -46,6 +50,9 @@ def block_matmul(
     if layer is None and codes.ndim == 2 and scales.ndim == 2:
         codes, scales, layer = codes[None], scales[None], 0
     _check(x, codes, scales, groups, implementation)
+    is_exact = scales.dtype == jnp.float8_e8m0fnu
+    if native and not is_exact:
+        raise ValueError(f"native products need float8_e8m0fnu scales, not {scales.dtype}")
     x_UK = x.reshape(-1, x.shape[-1])
     layer_1 = jnp.asarray(layer, jnp.int32).reshape(1)
     scales_nk = lax.dynamic_index_in_dim(scales, layer_1[0], keepdims=False)
@@ -56,7 +63,15 @@ def block_matmul(
             x_UK, codes_NK, scales_nk, round_activations, groups, out_dtype
         )
 
-    tiled = partial(_tiled, groups=groups, rounds=round_activations, out_dtype=out_dtype)
+    if native is None:
+        native = is_exact and len(x_UK) <= tuning.of_this_chip().native_rows
+    tiled = partial(
+        _tiled,
+        groups=groups,
+        rounds=round_activations,
+        out_dtype=out_dtype,
+        native=bool(native),
+    )
     args = (x_UK, codes, scales_nk, layer_1)
     if x_UK.shape[0] == 0 or implementation == "reference":
         y_UN = plain(*args)
@@ -70,13 +85,22 @@ def block_matmul(
 
 
 def _tiled(
-    x_UK, codes_LNK, scales_nk, layer_1, *, groups: int, rounds: bool, out_dtype, interpret=False
+    x_UK,
+    codes_LNK,
+    scales_nk,
+    layer_1,
+    *,
+    groups: int,
+    rounds: bool,
+    out_dtype,
+    native: bool,
+    interpret=False,
 ) -> jax.Array:
     rows, (_, out_dim, in_dim) = x_UK.shape[0], codes_LNK.shape
     if rounds and (groups > 1 or rows > kernel.tile_sizes(rows, out_dim, in_dim)[0]):
         x_UGK = reference.round_activations(x_UK.reshape(rows, groups, in_dim))
         x_UK, rounds = x_UGK.reshape(x_UK.shape), False
-    run = partial(kernel.block_matmul, out_dtype=out_dtype, interpret=interpret)
+    run = partial(kernel.block_matmul, out_dtype=out_dtype, native=native, interpret=interpret)
     per_group = out_dim // groups
     if per_group % reference.BLOCK == 0 and in_dim % reference.BLOCK == 0 or groups == 1:
         return run(x_UK, codes_LNK, scales_nk, layer_1, rounds, groups)

@@ -9,6 +9,8 @@
            │ W tile n+1: prefetch │
            └──────────────────────┘            y tile (u, n) = x tile · scratchᵀ, float32 inside
 
+`native`, for chips whose matrix unit takes e4m3 codes: nothing is decoded, scales multiply x.
+
 With few rows there is one row tile: x stays in VMEM and the weights stream past it. Scales sit in
 SMEM. Power-of-two scales go into the decoded weight (exact); float32 scales multiply the partial
 sums of 128 channels.
@@ -62,6 +64,7 @@ def _body(
     lane_blocks,
     exact,
     rounds,
+    native,
 ):
     del layer_ref  # only the block specs need it
     core, step, u = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -73,9 +76,11 @@ def _body(
         row = jnp.minimum(tile * blocks_per_tile + i, last)  # blocks past the end: any scale
         return scales_ref[row * lane_blocks + k]
 
-    @pl.when(u == 0)
-    def _():
-        tiles.decode_fp8(codes_ref, scale_at if exact else None, w_scr)
+    if not native:
+
+        @pl.when(u == 0)
+        def _():
+            tiles.decode_fp8(codes_ref, scale_at if exact else None, w_scr)
 
     if rounds:
         rounded_scr = scratch[-1]
@@ -85,7 +90,9 @@ def _body(
             tiles.round_rows(x_ref, rounded_scr)
 
         x_ref = rounded_scr
-    if exact:
+    if native:
+        y = tiles.native_dot(x_ref, codes_ref, scale_at, w_scr)
+    elif exact:
         y = tiles.dot(x_ref[...], w_scr[...])
     else:
         y = tiles.scaled_dot(x_ref, w_scr, scale_at, scratch[0])
@@ -100,10 +107,11 @@ def block_matmul(
     round_x: bool,
     groups: int,
     out_dtype,
+    native: bool,
     interpret=False,
 ) -> jax.Array:
     """See `api.block_matmul`; scales are those of the layer. `round_x` needs all rows in one tile,
-    and one group."""
+    and one group. `native` needs power-of-two scales."""
     rows = x_UK.shape[0]
     _, out_dim, in_dim = codes_LNK.shape
     exact = scales_nk.dtype == jnp.float8_e8m0fnu
@@ -112,7 +120,8 @@ def block_matmul(
     assert not round_x or (row_tiles == 1 and groups == 1)
     cores = CORES if weight_tiles % CORES == 0 else 1
     per_core, per_group = weight_tiles // cores, weight_tiles // groups
-    scratch = [pltpu.VMEM((weight_tile, in_dim), jnp.bfloat16)]
+    assert exact or not native
+    scratch = [pltpu.VMEM((row_tile if native else weight_tile, in_dim), jnp.bfloat16)]
     if not exact:
         scratch.append(pltpu.VMEM((row_tile, weight_tile), jnp.float32))
     if round_x:
@@ -130,6 +139,7 @@ def block_matmul(
             lane_blocks=scales_nk.shape[1],
             exact=exact,
             rounds=round_x,
+            native=native,
         ),
         out_shape=jax.ShapeDtypeStruct((rows, out_dim), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.numerics import Numerics, linear
 from dsv4_jax.quant import QuantizedArray, fake_fp8, quantize_weight
-from pallas_kernels.block_matmul import kernel, reference
+from pallas_kernels.block_matmul import kernel, reference, tuning
 from pallas_kernels.block_matmul.api import block_matmul
 from pallas_kernels.block_matmul.shapes import SMALL, Case
 
@@ -58,6 +58,28 @@ def test_whole_numbers_agree_to_the_bit(name, implementation):
         implementation=implementation,
     )
     np.testing.assert_array_equal(y, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if SMALL[name].scale_dtype != "float32"])
+def test_native_products_give_the_same_bits(name):
+    case = SMALL[name]
+    arrays, wanted = whole_numbers(case)
+    y = block_matmul(
+        *arrays,
+        round_activations=case.rounds,
+        out_dtype=jnp.float32,
+        native=True,
+        implementation="interpret",
+    )
+    np.testing.assert_array_equal(y, wanted)
+
+
+def test_native_products_are_chosen_by_chip_and_refused_by_scale():
+    assert tuning.of_this_chip() == tuning.DEFAULT  # this machine has no TPU
+    assert tuning.TABLE["7x"].native_rows > 0
+    arrays, _ = whole_numbers(SMALL["ragged_base"])
+    with pytest.raises(ValueError, match="native products need float8_e8m0fnu"):
+        block_matmul(*arrays, native=True)
 
 
 @pytest.mark.parametrize("name", SMALL)

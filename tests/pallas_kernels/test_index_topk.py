@@ -156,7 +156,7 @@ def test_every_fp4_code_and_scale_decodes_exactly():
     """All bytes at all scales whose products are normal bfloat16 numbers: 2^-125 … 2^125."""
     scales = np.arange(2, 253, dtype=np.uint8)
     columns = np.arange(256, dtype=np.uint8).reshape(4, 64).T  # every byte, in four columns
-    codes = np.tile(columns, len(scales) + 1)[:, :1024]
+    codes = np.tile(columns, 256)  # whole lanes: some scales come twice
     exponents = np.tile(np.repeat(np.resize(scales, 256), 4), (4, 1))
 
     def body(codes_ref, scales_ref, out_ref):
