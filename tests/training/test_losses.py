@@ -42,6 +42,24 @@ def test_cross_entropy(budget, monkeypatch):
     np.testing.assert_allclose(gh, 2 * g.T @ y, atol=1e-5)
 
 
+def test_cross_entropy_never_reads_slices_that_are_not_learnt(monkeypatch):
+    monkeypatch.setattr(ce, "SMALLEST", 2)
+    rng = np.random.default_rng(0)
+    y, head = rng.normal(size=(12, 8)), rng.normal(size=(17, 8))
+    target, learnt = rng.integers(0, 17, 12), np.isin(np.arange(12), (1, 4, 5, 10))
+    p = softmax(y[learnt] @ head.T)
+    g = p - np.eye(17)[target[learnt]]
+    hidden = np.where(learnt[:, None], y, np.nan)
+    loss, (gy, gh) = jax.value_and_grad(
+        lambda y, h: ce.cross_entropy(y, h, jnp.asarray(target), jnp.asarray(learnt, jnp.float32)),
+        argnums=(0, 1),
+    )(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))
+    np.testing.assert_allclose(loss, -np.log(p[np.arange(4), target[learnt]]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gy[learnt], g @ head, atol=1e-5)
+    assert not np.asarray(gy)[~learnt].any()
+    np.testing.assert_allclose(gh, g.T @ y[learnt], atol=1e-5)
+
+
 def test_targets_stay_inside_documents_and_mask():
     batch = pack([documents([4, 3])], 9)
     batch = batch._replace(learn_BT=batch.learn_BT.at[0, 2].set(0))
