@@ -9,6 +9,7 @@ from pallas_kernels import aot
 REASON = aot.skip_reason()
 pytestmark = [pytest.mark.tpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
+TIMEOUT_S = 1800  # against a compiler that hangs; a busy machine is no error
 OPS = (
     "compress_chunk",
     "compress_step",
@@ -33,4 +34,5 @@ def check(reports):
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_without_copies(op):
     shapes = importlib.import_module(f"pallas_kernels.{op}.shapes")
-    check(aot.compile_isolated(f"{shapes.__name__}:build", shapes.REPRESENTATIVE, aot.CHIPS))
+    target = f"{shapes.__name__}:build"
+    check(aot.compile_isolated(target, shapes.REPRESENTATIVE, aot.CHIPS, TIMEOUT_S))

@@ -25,7 +25,7 @@ def shapes_of(op: str):
 
 def compiled(op: str, names) -> list[aot.Report]:
     """Reports of all chips from one process: its start costs more than a kernel."""
-    reports = aot.compile_isolated(f"pallas_kernels.{op}.shapes:build", names, aot.CHIPS, 300)
+    reports = aot.compile_isolated(f"pallas_kernels.{op}.shapes:build", names, aot.CHIPS, 1800)
     errors = [f"{r.case} on {r.chip}: {r.error}" for r in reports if r.error]
     assert not errors, "\n".join(errors)
     return reports
