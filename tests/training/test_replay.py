@@ -115,6 +115,7 @@ def test_chosen_tokens_are_the_best_logits(tiny):
     assert np.array_equal(chosen.draft_BT, (np.asarray(hidden.mtp_BTD) @ head_VD.T).argmax(-1))
 
 
+@pytest.mark.slow
 def test_random_index_changes_only_what_is_selected(tiny):
     cfg, params = tiny
     tokens_BT = jax.random.randint(jax.random.key(1), (1, 256), 2, cfg.vocab_size)
