@@ -357,11 +357,11 @@ class Programs:
         self.params = params
         # Results of programs are bound to where they lie. A state that is not would be another
         # signature, and the first program of the warm-up be compiled again for the first request.
-        self._everywhere: Any = next(iter(jax.tree.leaves(params)[0].devices()))
+        # Host arrays are not bound to a single device, whether they are put there or not.
+        self._home: Any = next(iter(jax.tree.leaves(params)[0].devices()))
         if isinstance(shards.mesh, Mesh):
-            self._everywhere = NamedSharding(shards.mesh, PartitionSpec())
-        state = partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params))
-        self.init = self._jit(state)
+            self._home = NamedSharding(shards.mesh, PartitionSpec())
+        self._init = self._jit(partial(init_state, cfg, num, sizes, model.is_scanned(cfg, params)))
         self.decode = _light(self._jit(partial(decode, cfg, num, shards), 1))
         self.prefill = _light(self._jit(partial(prefill, cfg, num, shards), 1))
         self.start_slot = self._jit(start_slot, 0)
@@ -376,10 +376,14 @@ class Programs:
         self.save_rings = self._jit(save_rings, 0)
         self.load_rings = self._jit(load_rings, 0)
 
+    def init(self) -> State:
+        """The empty state, where the programs keep it."""
+        return jax.device_put(self._init(), self._home)
+
     def _jit(self, fn: Callable[..., Any], *donated: int) -> Callable[..., Any]:
-        if not isinstance(self._everywhere, NamedSharding):
+        if not isinstance(self._home, NamedSharding):
             return jax.jit(fn, donate_argnums=donated)
-        program = jax.jit(fn, donate_argnums=donated, out_shardings=self._everywhere)
+        program = jax.jit(fn, donate_argnums=donated, out_shardings=self._home)
 
         def run(*args: Any) -> Any:
             """Host arrays are placed first: else they would be another signature."""
@@ -389,8 +393,10 @@ class Programs:
 
     def put(self, tree: Any) -> Any:
         """Host arrays where the programs want them; of several processes, each brings the same."""
-        where = self._everywhere
-        if getattr(where, "is_fully_addressable", True):
+        where = self._home
+        if not isinstance(where, NamedSharding):
+            return jax.device_put(tree)
+        if where.is_fully_addressable:
             return jax.device_put(tree, where)
 
         def everywhere(a: Any) -> Array:

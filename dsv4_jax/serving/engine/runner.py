@@ -87,7 +87,7 @@ class Runner:
 
     def __init__(self, programs: Programs | Mirror, config: SchedulerConfig) -> None:
         self.programs = programs
-        self.state = programs.put(programs.init())
+        self.state = programs.init()
         self._config = config
         self._scratch = config.num_slots
         shape = (config.num_slots + 1, programs.sizes.table_pages)
