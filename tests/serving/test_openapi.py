@@ -172,7 +172,9 @@ def test_many_requests(address, path, mode):
     has_body = ("POST", path) in set(described()) and "{" not in path
     if mode is GenerationMode.NEGATIVE and not has_body:
         pytest.skip("nothing can be wrong with it")
+    wanted = {200 if mode is GenerationMode.POSITIVE else 400} if has_body else set()
     statuses = fuzz(address, path, mode, 100 if has_body else 5)
-    if has_body:
-        assert (200 if mode is GenerationMode.POSITIVE else 400) in statuses
+    if not wanted <= statuses:  # most messages made at random contradict themselves
+        statuses |= fuzz(address, path, mode, 1000)
+    assert wanted <= statuses
     assert httpx.get(f"{address}/health").status_code == 200

@@ -6,6 +6,8 @@ from dsv4_jax.serving.openapi import replies, requests
 from dsv4_jax.serving.openapi.terms import TEXT, Schema, ref
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
+# Without a type: tools differ in whether it is the whole text or an event.
+_STREAM: Schema = {"description": "Server-sent events; the data of each is JSON, or [DONE]."}
 _ERRORS = {
     400: "The request is wrong; `param` says where.",
     401: "The key is missing or wrong.",
@@ -23,7 +25,7 @@ _OVERLOADED = 529
 
 def _content(schema: str, is_streamed: bool = False) -> dict[str, Schema]:
     shown: dict[str, Schema] = {_JSON: {"schema": ref(schema)}}
-    return shown | ({_EVENTS: {"schema": TEXT}} if is_streamed else {})
+    return shown | ({_EVENTS: {"schema": _STREAM}} if is_streamed else {})
 
 
 def _errors(statuses: tuple[int, ...], schema: str) -> dict[str, Any]:
