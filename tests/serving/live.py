@@ -34,6 +34,7 @@ def serving(service: Service, stall_timeout_s: float = 60.0, send_buffer: int = 
         create_app(service),
         http=partial(Http11, stall_timeout_s=stall_timeout_s),  # pyright: ignore
         ws="none",
+        log_config=None,  # or it would close the handlers of others
         log_level="critical",
         lifespan="on",
         timeout_graceful_shutdown=5,
