@@ -4,6 +4,7 @@ python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
 python scripts/bench.py serve                  load on the demo server; --url: on any server
 python scripts/bench.py turns                  second turn of a long chat beside the first
+python scripts/bench.py restart                a long prompt again after a restart, from disk
 python scripts/bench.py engine                 the engine beside a bare decode loop
 python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_turns, add_engine, add_kernels):
+    for add in (add_serve, add_turns, add_restart, add_engine, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
 
@@ -72,6 +73,14 @@ def add_turns(commands: Any) -> argparse.ArgumentParser:
     turns.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the first prompt")
     turns.add_argument("--repeats", type=int, default=5, metavar="N", help="chats")
     return turns
+
+
+def add_restart(commands: Any) -> argparse.ArgumentParser:
+    text = "first-token times of the demo for long prompts, cold and from the disk cache"
+    restart = commands.add_parser("restart", help=text, description=text)
+    restart.add_argument("--tokens", type=int, default=16384, metavar="N", help="of a prompt")
+    restart.add_argument("--repeats", type=int, default=3, metavar="N", help="prompts")
+    return restart
 
 
 def add_engine(commands: Any) -> argparse.ArgumentParser:
@@ -147,6 +156,19 @@ def bench_turns(args: argparse.Namespace) -> None:
             run(url)
 
 
+def bench_restart(args: argparse.Namespace) -> None:
+    from functools import partial
+    from tempfile import TemporaryDirectory
+
+    from dsv4_jax.bench import serve, turns
+
+    with TemporaryDirectory() as folder:
+        room = ("--max-len", str(args.tokens + 2048), "--disk-cache", folder)
+        start = partial(serve.demo_server, *room)
+        figures = turns.measure_restart(start, args.tokens, args.repeats)
+    print(json.dumps(figures) if args.json else turns.restart_line(figures), flush=True)
+
+
 def bench_engine(args: argparse.Namespace) -> None:
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.numerics import Numerics
@@ -178,6 +200,7 @@ COMMANDS = {
     "model": bench_model,
     "serve": bench_serve,
     "turns": bench_turns,
+    "restart": bench_restart,
     "engine": bench_engine,
     "kernels": bench_kernels,
 }
