@@ -168,6 +168,8 @@ class FakeModel:
         self.started = threading.Event()
         self.closed = threading.Event()
         self.fails_after: int | None = None
+        self.busy_s = 0.0
+        self.flushed = 0
         self._lock = threading.Lock()
 
     def stream(
@@ -184,6 +186,7 @@ class FakeModel:
         checkpoints: Sequence[int] = (),
         allowed: Allowed | None = None,
         priority: int = 0,
+        continues: bool = False,
     ) -> FakeStream:
         given = {k: v for k, v in locals().items() if k != "self"}
         given["prompt_ids"] = list(prompt_ids)
@@ -193,6 +196,10 @@ class FakeModel:
             stream = FakeStream(self, self._tokens(list(prompt_ids)), given)
             self.streams.append(stream)
         return stream
+
+    def flush_cache(self) -> int:
+        self.flushed += 1
+        return 128
 
     def _tokens(self, prompt: list[int]) -> list[int]:
         """What it wants to say: the rest of what it has begun, if that is in the prompt."""
