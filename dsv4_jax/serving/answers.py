@@ -15,8 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dsv4_jax.serving.choices import Choices
 from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.engine.request import FinishReason
-from dsv4_jax.serving.engine.stream import EngineError
-from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
+from dsv4_jax.serving.engine.stream import EngineError, SlowReader
+from dsv4_jax.serving.errors import (
+    ApiError,
+    cancelled,
+    not_ready,
+    queue_full,
+    slow_reader,
+    tenant_limit,
+)
 from dsv4_jax.serving.events import Event, Finish, Progress, Reasoning
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.service import Service
@@ -87,17 +94,31 @@ class _Choice:
             self.reason = "cancelled"
             raise cancelled() if self._service.is_open else not_ready("draining") from None
         except EngineFull as error:
-            raise queue_full(error.retry_after_s) from error
+            self.reason = error.reason
+            raise _refusal(error) from error
         except Exception as error:
             if self._service.has_failed:
                 raise not_ready("engine_unhealthy") from error
             if isinstance(error, EngineError) and error.reason in _TRY_LATER:
-                raise not_ready(_TRY_LATER[error.reason]) from error
+                self.reason = _TRY_LATER[error.reason]
+                raise not_ready(self.reason) from error
+            if isinstance(error.__cause__, SlowReader):
+                self.reason = "slow_reader"
+                raise slow_reader() from error
             raise
 
     def close(self) -> None:
         if self.turn is not None:
             self.turn.close()
+
+
+def _refusal(error: EngineFull) -> ApiError:
+    match error.reason:
+        case "tenant_limit":
+            return tenant_limit(error.retry_after_s)
+        case "draining":
+            return not_ready("draining", error.retry_after_s)
+    return queue_full(error.retry_after_s)
 
 
 class Reply(Protocol):
@@ -169,6 +190,7 @@ class Answering:
 
     def _end(self, jobs: Choices[Item], was_left: bool) -> None:
         self.service.unregister(jobs)
+        was_left = was_left or any(choice.reason == "slow_reader" for choice in self._choices)
         aborted_by = "request" if jobs.was_cancelled else "client" if was_left else "-"
         jobs.cancel()
         self._log_line(aborted_by)

@@ -24,7 +24,8 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
     settings = service.settings
     loaded = service.loaded()
     ask = read_chat_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
+        await read_json(request, settings.max_body_bytes, settings.body_timeout_s),
+        settings.refuses_unknown_fields,
     )
     name = service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
@@ -35,6 +36,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         ask.include_usage,
         None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
         ask.continuous_usage,
+        settings.reasoning_fields,
     )
     answering = Answering(
         service,

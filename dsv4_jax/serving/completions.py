@@ -29,7 +29,8 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
     settings = service.settings
     loaded = service.loaded()
     ask = read_completion_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
+        await read_json(request, settings.max_body_bytes, settings.body_timeout_s),
+        settings.refuses_unknown_fields,
     )
     name = service.model_name(ask.model)
     service.thread.check_room()

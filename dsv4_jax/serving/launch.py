@@ -103,11 +103,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         is_first = self._drained_at is None and not self.should_exit
-        if sig == signal.SIGTERM and is_first and self._service.phase == "ready":
+        if sig == signal.SIGTERM and is_first and self._service.phase in ("ready", "draining"):
             self._drained_at = time.monotonic() + self._drain_timeout_s
-            self._service.phase = "draining"
-            self._service.thread.drain()
-            log.info("draining: %d to finish", self._service.thread.admitted)
+            log.info("draining: %d to finish", self._service.drain())
             return
         self._service.thread.stop()
         super().handle_exit(sig, frame)

@@ -27,11 +27,14 @@ from dsv4_jax.serving.masks import Masks
 from dsv4_jax.serving.model import Allowed
 from dsv4_jax.serving.parser import CompletionParser, ControlIds
 from dsv4_jax.serving.replay import Find, ReplayStore, spliced
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 MAX_ANSWER_TOKENS = 393_216
 TASK_TOKENS = 64  # of the answer to a quick instruction, unless asked otherwise
+RULES = Rules()
+_FIXED_WHILE_THINKING = ("temperature", "top_p", "top_k", "min_p")  # if sampling is official
 # Names of the public API that choose a mode; they answer beside the served names.
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
@@ -98,15 +101,12 @@ class Planner:
         tokenizer: Tokenizer,
         profile: Profile,
         max_len: int,
-        default_effort: str = "high",
-        loop_guard: bool = False,
-        frees_controls: bool = False,
+        rules: Rules = RULES,
     ) -> None:
         self.tokenizer = tokenizer
         self.profile: Profile = profile
         self.max_len = max_len
-        self.default_effort = default_effort
-        self.loop_guard = loop_guard
+        self.rules = rules
         self._constrainer = Constrainer(GrammarCompiler(tokenizer))
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
@@ -119,7 +119,7 @@ class Planner:
             eos=tokenizer.eos_id,
             all=tokenizer.control_ids,
         )
-        self.masks = Masks(self.controls, tokenizer.vocab_size, frees_controls)
+        self.masks = Masks(self.controls, tokenizer.vocab_size, rules.frees_controls)
 
     def plan(
         self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
@@ -139,7 +139,7 @@ class Planner:
         find = partial((replay or ReplayStore(0)).find, tenant)
         messages, segments = self._rendered(request, thinking, effort, find)
         self._refuse_hopeless(segments, request.max_tokens)
-        ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
+        ids, restored = spliced(segments, messages, find, partial(self.encoded, "messages"))
         prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
         if request.task is not None:  # its answer is a few plain words
@@ -154,7 +154,9 @@ class Planner:
             starts_in_reasoning=starts_in_reasoning(segments),
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            sampling=self.sampling(request.sampling, len(prompt_ids), asked, request.logprobs),
+            sampling=self.sampling(
+                self._honoured(request, thinking), len(prompt_ids), asked, request.logprobs
+            ),
             n=request.n,
             stop=request.stop,
             stop_ids=request.stop_ids,
@@ -162,7 +164,7 @@ class Planner:
             keep_stop=request.keep_stop,
             constraints=constraints,
             thinking_budget=request.thinking_budget,
-            loop_guard=self.loop_guard,
+            loop_guard=self.rules.loop_guard,
             checkpoints=self._checkpoints(prompt_ids),
             tenant=tenant,
             priority=-request.priority,
@@ -193,6 +195,12 @@ class Planner:
             if is_given:
                 raise invalid(name, "cannot be combined with a task")
 
+    def _honoured(self, request: ChatRequest, thinking: bool) -> dict[str, Any]:
+        """The sampling fields of a request that count."""
+        if not (thinking and self.rules.official_sampling):
+            return request.sampling
+        return {k: v for k, v in request.sampling.items() if k not in _FIXED_WHILE_THINKING}
+
     def sampling(
         self, given: Mapping[str, Any], prompt: int, asked: int | None, logprobs: int | None
     ) -> SamplingParams:
@@ -222,6 +230,8 @@ class Planner:
                 continue_final_message=request.continue_final_message,
                 task=request.task,
                 extracted_url=request.extracted_url,
+                internal_roles=self.rules.internal_roles,
+                require_reasoning=self.rules.requires_reasoning,
                 restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
             )
             segments = render_segments(
@@ -244,11 +254,16 @@ class Planner:
             ApiError: 400.
         """
         self._refuse_hopeless(segments, requested)
-        return tuple(self._encoded(param, segments))
+        return tuple(self.encoded(param, segments))
 
-    def _encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
+    def encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
+        """Tokenises segments; `param` names them in errors.
+
+        Raises:
+            ApiError: 400.
+        """
         try:
-            return self.tokenizer.encode_segments(segments)
+            return self.tokenizer.encode_segments(segments, self.rules.special_tokens_in_text)
         except TokenizerError as error:
             raise ApiError(400, "invalid_value", str(error), param) from None
 
@@ -295,13 +310,14 @@ class Planner:
             MODE_OF_NAME.get(request.model or ""),
             True if any(efforts) else None,
         )
-        default = self.default_effort != "none"
+        default = self.rules.default_effort != "none"
         return next((choice for choice in choices if choice is not None), default)
 
     def _effort(self, request: ChatRequest) -> str | None:
         asked = [e for e in (request.effort, request.template_effort) if e not in (None, "none")]
+        default = self.rules.default_effort
         try:
-            return resolve_effort(asked[0] if asked else None, self.profile, self.default_effort)
+            return resolve_effort(asked[0] if asked else None, self.profile, default)
         except EncodingError as error:
             raise ApiError(400, error.code, str(error), error.where) from None
 

@@ -4,7 +4,7 @@ import atexit
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +22,13 @@ from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import Engine
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
+from dsv4_jax.serving.engine.waiting import QueueLimits
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
 from dsv4_jax.serving.mesh import shards_for
+from dsv4_jax.serving.options import most_waiting
 from dsv4_jax.serving.plan import Planner
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.service import Service
 from dsv4_jax.tokenizer import Tokenizer
 from sharding.mesh import shape_of
@@ -66,6 +69,7 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
+    scheduling = replace(scheduling, queue=queue_limits(args))
     shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
@@ -78,6 +82,18 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
     return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
+
+
+def queue_limits(args: SimpleNamespace) -> QueueLimits:
+    """What the settings say of the queue; the engine also queues what is about to start."""
+    most = args.slots + most_waiting(args)
+    return QueueLimits(
+        requests=most,
+        tokens=args.max_waiting_tokens,
+        tenant_requests=args.tenant_waiting or most,
+        tenant_slots=args.tenant_running or args.slots,
+        timeout_s=args.queue_timeout,
+    )
 
 
 def start(
@@ -93,7 +109,12 @@ def start(
 
     `load(folder, progress=…, shards=…)` gives configuration and parameters; `progress` takes parts
     done and parts in all. `line`: to the other processes of the job.
+
+    Raises:
+        ValueError: settings that contradict each other.
     """
+    if args.compile_only and args.compile_cache == "off":
+        raise ValueError("--compile-only keeps nothing with --compile-cache off")
     begin = time.monotonic()
     cfg, params = _loaded(args, folder, plan, load, service)
     how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
@@ -108,6 +129,7 @@ def start(
         host_cache_bytes=int(args.host_cache_gib * GIB),
         step_timeout_s=args.step_timeout,
         model_name=plan.name,
+        metrics_prefix=f"{args.metrics_prefix}:",
         shards=plan.shards,
         channel=line,
     )
@@ -115,17 +137,22 @@ def start(
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
+    if args.compile_only:
+        engine.stop()
+        return say(f"compiled after {time.monotonic() - begin:.0f} s")
     engine.start()
     atexit.register(engine.stop)
-    planner = Planner(
-        plan.tokenizer,
-        plan.profile,
-        plan.max_len,
-        args.default_effort,
-        args.loop_guard,
-        args.free_controls,
+    rules = Rules(
+        default_effort=args.default_effort,
+        loop_guard=args.loop_guard,
+        frees_controls=args.free_controls,
+        official_sampling=args.official_sampling,
+        requires_reasoning=args.require_reasoning,
+        internal_roles=args.internal_roles,
+        special_tokens_in_text=args.special_tokens_in_text,
     )
-    service.ready(planner, engine, name)
+    planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
+    service.ready(planner, engine, fingerprint(name.encode(), repr(rules).encode()))
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))
 

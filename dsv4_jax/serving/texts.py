@@ -10,11 +10,11 @@ from dsv4_jax.encoding import render_raw
 from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.chat import planned
 from dsv4_jax.serving.completion_schema import read_token_ids
-from dsv4_jax.serving.errors import ApiError, invalid
+from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.schema import read_chat_request
 from dsv4_jax.serving.service import Service
-from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -28,7 +28,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         ids = list(plan.prompt_ids)
     else:
         async with service.planning:
-            ids = await asyncio.to_thread(_text_ids, tokenizer, Fields(body))
+            ids = await asyncio.to_thread(_text_ids, loaded.planner, Fields(body))
     reply: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": loaded.planner.max_len,
@@ -53,7 +53,9 @@ async def detokenize(service: Service, request: Request) -> Response:
 async def render(service: Service, request: Request) -> Response:
     """What a chat request becomes: prompt, ids, and what was decided about it."""
     loaded = service.loaded()
-    ask = read_chat_request(await _object(service, request))
+    ask = read_chat_request(
+        await _object(service, request), service.settings.refuses_unknown_fields
+    )
     service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
     facts = {
@@ -85,12 +87,9 @@ async def _object(service: Service, request: Request) -> dict[str, Any]:
     return body
 
 
-def _text_ids(tokenizer: Tokenizer, fields: Fields) -> list[int]:
+def _text_ids(planner: Planner, fields: Fields) -> list[int]:
     text = fields.text("prompt")
     if text is None:
         raise invalid("prompt", "is required, or messages")
     add_bos = any([fields.boolean(name) for name in ("add_special_tokens", "add_bos")])
-    try:
-        return tokenizer.encode_segments(render_raw(text, add_bos))
-    except TokenizerError as error:
-        raise ApiError(400, "invalid_value", str(error), "prompt") from None
+    return planner.encoded("prompt", render_raw(text, add_bos))

@@ -42,4 +42,4 @@ async def count_tokens(service: Service, request: Request) -> Response:
 async def _read(service: Service, request: Request, needs_limit: bool) -> ChatRequest:
     settings = service.settings
     body = await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
-    return read_messages_request(body, needs_limit)
+    return read_messages_request(body, needs_limit, settings.refuses_unknown_fields)

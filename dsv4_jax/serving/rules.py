@@ -1,0 +1,29 @@
+"""Choices of whoever runs the server that change what is asked of the model."""
+
+from dataclasses import dataclass
+
+from dsv4_jax.tokenizer import TextPolicy
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How requests become prompts and how their answers are drawn.
+
+    Args:
+        default_effort: Where a request names none; "none" is without thinking.
+        loop_guard: Closes reasoning that goes in circles.
+        frees_controls: Lets chats draw control tokens that have no place in an answer.
+        official_sampling: While thinking, temperature, top_p, top_k and min_p of requests have no
+            effect, as on the public API.
+        requires_reasoning: Refuses earlier tool calls that come without their reasoning.
+        internal_roles: Renders `developer` as the published encoder does, admits `latest_reminder`.
+        special_tokens_in_text: What the spelling of a control token in a client's text means.
+    """
+
+    default_effort: str = "high"
+    loop_guard: bool = False
+    frees_controls: bool = False
+    official_sampling: bool = False
+    requires_reasoning: bool = False
+    internal_roles: bool = False
+    special_tokens_in_text: TextPolicy = "text"
