@@ -61,7 +61,12 @@ async def planned(
     service.thread.check_room()  # before the work of tokenising
     async with service.planning:
         tenant = request.scope["dsv4.tenant"]
-        plan = await asyncio.to_thread(loaded.planner.plan, ask, tenant, service.replay)
+        draft = await asyncio.to_thread(loaded.planner.draft, ask, tenant, service.replay)
+    if draft.needs_grammar:  # may take a while: others go on
+        loop = asyncio.get_running_loop()
+        plan = await loop.run_in_executor(service.finishing, loaded.planner.finished, draft)
+    else:
+        plan = loaded.planner.finished(draft)
     service.counters.restored(plan.restored)
     return plan
 

@@ -93,6 +93,26 @@ class PromptPlan:
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A rendered request; fields as in `PromptPlan`. `continues`: so does its last message."""
+
+    request: ChatRequest
+    prompt_ids: tuple[int, ...]
+    thinking: bool
+    effort: str | None
+    starts_in_reasoning: bool
+    tools: tuple[dict[str, Any], ...]
+    continues: bool
+    tenant: str
+    restored: int
+
+    @property
+    def needs_grammar(self) -> bool:
+        asked = self.request
+        return bool(self.tools or asked.reply_format) or asked.tool_choice.mode == "required"
+
+
 class Planner:
     """Makes plans for one model: its tokenizer, prompt profile and context limit in tokens."""
 
@@ -121,9 +141,19 @@ class Planner:
         )
         self.masks = Masks(self.controls, tokenizer.vocab_size, rules.frees_controls)
 
+    def prepare(self) -> None:
+        """Does once what grammars need, so that no request waits for it."""
+        self._constrainer.prepare()
+
     def plan(
         self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
     ) -> PromptPlan:
+        """Does all there is to do: see `draft` and `finished`."""
+        return self.finished(self.draft(request, tenant, replay))
+
+    def draft(
+        self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
+    ) -> Draft:
         """Renders and tokenises; takes seconds for a very long prompt.
 
         Args:
@@ -145,18 +175,37 @@ class Planner:
         if request.task is not None:  # its answer is a few plain words
             self._check_task(request)
             tools = []
-        constraints = self._constraints(request, messages, tools)
+        return Draft(
+            request,
+            prompt_ids,
+            thinking,
+            effort,
+            starts_in_reasoning(segments),
+            tuple(tools),
+            bool(messages[-1].get("wo_eos")),
+            tenant,
+            restored,
+        )
+
+    def finished(self, draft: Draft) -> PromptPlan:
+        """Adds how to sample and which forms hold; grammars may take seconds.
+
+        Raises:
+            ApiError: 400, the answer does not fit, or a form cannot be followed.
+        """
+        request, tools = draft.request, draft.tools
+        constraints = self._constraints(draft)
         asked = request.max_tokens or (TASK_TOKENS if request.task is not None else None)
+        sampling = self._honoured(request, draft.thinking)
+        prompt = len(draft.prompt_ids)
         return PromptPlan(
-            prompt_ids=prompt_ids,
-            thinking=thinking,
-            effort=effort,
-            starts_in_reasoning=starts_in_reasoning(segments),
+            prompt_ids=draft.prompt_ids,
+            thinking=draft.thinking,
+            effort=draft.effort,
+            starts_in_reasoning=draft.starts_in_reasoning,
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            sampling=self.sampling(
-                self._honoured(request, thinking), len(prompt_ids), asked, request.logprobs
-            ),
+            sampling=self.sampling(sampling, prompt, asked, request.logprobs),
             n=request.n,
             stop=request.stop,
             stop_ids=request.stop_ids,
@@ -165,13 +214,13 @@ class Planner:
             constraints=constraints,
             thinking_budget=request.thinking_budget,
             loop_guard=self.rules.loop_guard,
-            checkpoints=self._checkpoints(prompt_ids),
-            tenant=tenant,
+            checkpoints=self._checkpoints(draft.prompt_ids),
+            tenant=draft.tenant,
             priority=-request.priority,
             min_tokens=request.min_tokens,
             allowed=self._allowed(request, bool(tools), constraints),
-            restored=restored,
-            warning=self._warning(effort),
+            restored=draft.restored,
+            warning=self._warning(draft.effort),
         )
 
     def _checkpoints(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -267,17 +316,16 @@ class Planner:
         except TokenizerError as error:
             raise ApiError(400, "invalid_value", str(error), param) from None
 
-    def _constraints(
-        self, request: ChatRequest, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
-    ) -> Constraints:
+    def _constraints(self, draft: Draft) -> Constraints:
         """The tools are the request's own where it has some: those say which are strict."""
+        request = draft.request
         constraints = self._constrainer.constraints(
-            request.tools if tools and request.tools else tools,
+            request.tools if draft.tools and request.tools else draft.tools,
             request.tool_choice,
             request.parallel_calls,
             request.reply_format,
         )
-        if constraints.content is not None and messages[-1].get("wo_eos"):
+        if constraints.content is not None and draft.continues:
             param = "response_format" if request.reply_format else "tool_choice"
             raise invalid(param, "cannot be combined with a message that is continued")
         return constraints

@@ -6,6 +6,7 @@ import hmac
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from dsv4_jax.serving.worker import ModelThread
 
 _log = logging.getLogger(__name__)
 PARALLEL_PLANS = 2  # requests that are tokenised at the same time
+FINISHING = 8  # requests that wait for their grammars at the same time; more wait for these
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Service:
             settings.max_waiting, workers=settings.parallel
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
+        self.finishing = ThreadPoolExecutor(FINISHING, thread_name_prefix="finish")
         self.counters = Counters(settings.metrics_prefix)
         self.fatal: Exception | None = None  # ends the server
         self.on_fatal: Callable[[Exception], object] = lambda reason: None

@@ -152,6 +152,7 @@ def start(
         special_tokens_in_text=args.special_tokens_in_text,
     )
     planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
+    planner.prepare()
     service.ready(planner, engine, fingerprint(name.encode(), repr(rules).encode()))
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
     say(how_to_use(url, bool(args.api_key)))

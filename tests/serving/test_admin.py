@@ -16,7 +16,7 @@ PATHS = ("/admin/drain", "/admin/flush_cache")
 HERE = ("127.0.0.1", 5000)
 
 
-def post(path: str, settings: dict, client=HERE, **headers: str) -> httpx.Response:
+def post(path: str, settings: dict, client=HERE, **headers: str):
     service = make_service(FakeModel(answer("hi")), **settings)
     with TestClient(create_app(service), client=client) as server:
         return server.post(path, headers=headers)
