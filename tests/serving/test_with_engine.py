@@ -21,6 +21,7 @@ from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service, Settings
 from tests.serving.engine.conftest import metric
 from tests.serving.fakes import MODEL, PATIENCE_S, tokenizer
+from tests.serving.killed import kill_client
 from tests.serving.live import serving
 
 pytestmark = pytest.mark.slow
@@ -168,6 +169,21 @@ def test_cancelling(address, client, stream):
     asking.join(PATIENCE_S)
     assert not asking.is_alive()
     assert "request_cancelled" in found[0].text
+
+
+def test_a_client_that_is_killed_in_the_middle_of_a_call(address, engine):
+    before = metric(engine, "request_aborts_total")
+    text = {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]}
+    function = {"name": "say", "strict": True, "parameters": text}
+    body = ASK | OFF["extra_body"] | {"max_tokens": 1900, "stream": True, "seed": 1}
+    body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    kill_client(address, body, until='"arguments":"')
+    while engine.scheduler.has_work:  # far from what it may still say
+        threading.Event().wait(0.01)
+    assert metric(engine, "request_aborts_total") == before + 1
+    with engine._lock:
+        assert not engine.scheduler.slots.live and not engine.pages.num_held
+        assert engine.scheduler.slots.num_free == SLOTS
 
 
 def test_messages(address):
