@@ -26,7 +26,7 @@ from tests.serving.fakes import PATIENCE_S
 from tests.serving.live import serving
 
 pytestmark = pytest.mark.slow
-STREAMS, SLOTS, MAX_LEN, NEW = 64, 12, 1024, 24
+STREAMS, SLOTS, MAX_LEN, NEW = 64, 12, 3072, 24
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -42,7 +42,7 @@ def engine_and_planner(tmp_path_factory) -> Iterator[tuple[Engine, Planner]]:
     folder = tmp_path_factory.mktemp("demo")
     convert(DEMO, folder, progress=Progress("convert", quiet=True))
     cfg, params = load_checkpoint(folder)
-    scheduling, sizes = plan_sizes(cfg, MAX_LEN, SLOTS, 8 * MAX_LEN)
+    scheduling, sizes = plan_sizes(cfg, MAX_LEN, SLOTS, 6 * MAX_LEN)
     engine = Engine(cfg, Numerics(), jax.device_put(params, jax.devices()[0]), scheduling, sizes)
     engine.warm_up()
     engine.start()
@@ -53,7 +53,7 @@ def engine_and_planner(tmp_path_factory) -> Iterator[tuple[Engine, Planner]]:
 def asked(index: int) -> tuple[str, dict[str, Any]]:
     """Path and body of request `index`: all kinds, half of them with a long common beginning."""
     words = f"Question {index}: " + "what is this? " * (index % 9)
-    shared = "You answer in one word. " * 12 if index % 2 else "Be brief."
+    shared = "You answer in one word. " * 8 if index % 2 else "Be brief."
     drawn = {"temperature": 0} if index % 4 < 2 else {"temperature": 1.0, "seed": index}
     body = {"max_tokens": NEW, "stream": True, **drawn}
     if index % 8 == 7:
@@ -81,7 +81,7 @@ def said(address: str, index: int) -> list[Any]:
     texts: dict[tuple[Any, ...], str] = {}
     ends: list[Any] = []
     with httpx.stream("POST", address + path, json=body, timeout=10 * PATIENCE_S) as reply:
-        assert reply.status_code == 200
+        assert reply.status_code == 200, reply.read()
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -113,7 +113,7 @@ def pieces(choice: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
 
 def test_sixty_four_streams_say_what_each_says_alone(engine_and_planner):
     engine, planner = engine_and_planner
-    service = Service(Settings(("demo",), parallel=STREAMS, max_waiting=0))
+    service = Service(Settings(("demo",), parallel=2 * STREAMS))
     service.ready(planner, engine, "fp")
     with serving(service) as address, ThreadPoolExecutor(STREAMS) as clients:
         alone = [said(address, index) for index in range(STREAMS)]
