@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from dsv4_jax.serving.accelerator import use_cpu_if_alone
+from dsv4_jax.serving.errors import ServerFailed
 from dsv4_jax.serving.options import OPTIONS, most_waiting, reasoning_fields
 from dsv4_jax.serving.settings import UsageError, resolve
 
@@ -150,9 +151,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("several hosts need --checkpoint: the demo is for one")
             join(args.coordinator, args.hosts, args.host_index)
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
-    except ConnectionError as error:
+    except (ConnectionError, ServerFailed) as error:
         print(f"serve.py: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a job that lost a process cannot be taken down in order
+        os._exit(1)  # what lost a process, or a step of its engine, cannot be taken down in order
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1

@@ -91,6 +91,8 @@ class _Choice:
                     yield Progress(*counts, turn.cached_tokens or 0)
                 yield item
         except Cancelled:
+            if self._service.has_failed:
+                raise not_ready("engine_unhealthy") from None
             self.reason = "cancelled"
             raise cancelled() if self._service.is_open else not_ready("draining") from None
         except EngineFull as error:
@@ -204,7 +206,9 @@ class Answering:
         tenant = sha256(facts.tenant.encode()).hexdigest()[:8]
         finish = ",".join(choice.reason for choice in choices)
         empty = sum(choice.is_empty and choice.reason == "stop" for choice in choices)
-        self.service.counters.request([c.reason for c in choices], repairs, guards, empty)
+        reasoning = sum(turn.reasoning_tokens for turn in turns)
+        reasons = [choice.reason for choice in choices]
+        self.service.counters.request(reasons, repairs, guards, empty, reasoning)
         _log.info(
             "id=%s path=%s tenant=%s mode=%s n=%d prompt=%d cached=%d completion=%d reasoning=%d "
             "first_s=%s seconds=%.3f finish=%s aborted_by=%s repairs=%s guards=%s",
@@ -216,7 +220,7 @@ class Answering:
             facts.prompt_tokens,
             (turns[0].cached_tokens or 0) if turns else 0,
             sum(turn.completion_tokens for turn in turns),
-            sum(turn.reasoning_tokens for turn in turns),
+            reasoning,
             f"{min(firsts) - facts.start:.3f}" if firsts else "-",
             time.monotonic() - facts.start,
             finish,

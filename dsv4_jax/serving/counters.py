@@ -37,6 +37,9 @@ class Counters:
             "Earlier answers put into prompts as the model said them, reasoning included.",
             registry=self._registry,
         )
+        self._reasoning = Counter(
+            f"{prefix}reasoning_tokens", "Tokens of reasoning in answers.", registry=self._registry
+        )
         self._empty = Counter(
             f"{prefix}empty_completions",
             "Answers that ended by themselves without text or a call.",
@@ -73,8 +76,10 @@ class Counters:
         repairs: Mapping[str, int],
         guards: Mapping[str, int],
         empty: int = 0,
+        reasoning: int = 0,
     ) -> None:
-        """Counts the answers of one request, and how many of them hold nothing."""
+        """Counts the answers of one request, how many hold nothing, and tokens of reasoning."""
+        self._reasoning.inc(reasoning)
         self._choices.observe(len(reasons))
         self._empty.inc(empty)
         for reason in reasons:

@@ -13,6 +13,10 @@ TYPES = {
 }
 
 
+class ServerFailed(RuntimeError):
+    """The server cannot go on; whoever started it should start it again."""
+
+
 class ApiError(Exception):
     """A reply other than success.
 
@@ -85,6 +89,7 @@ def wrong_key(message: str) -> ApiError:
 
 _PHASES = {
     "engine_unhealthy": "The engine has failed.",
+    "testing": "The server is trying its model.",
     "queue_timeout": "The request waited too long for its turn.",
 }
 

@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 
 from dsv4_jax.serving.api import create_app
+from dsv4_jax.serving.errors import ServerFailed
 from dsv4_jax.serving.http11 import STALL_TIMEOUT_S, Http11
 from dsv4_jax.serving.service import Service
 
@@ -78,7 +79,7 @@ def fingerprint(*parts: bytes) -> str:
     return f"fp_{digest.hexdigest()[:16]}"
 
 
-def how_to_use(url: str, needs_key: bool) -> str:
+def how_to_use(url: str, needs_key: bool, model: str) -> str:
     """Returns what the terminal shows once the server is ready."""
     key = " -H 'authorization: Bearer KEY'" if needs_key else ""
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200}
@@ -88,6 +89,12 @@ def how_to_use(url: str, needs_key: bool) -> str:
             f"API        {url}/v1",
             f"try        curl {url}/v1/chat/completions{key} \\",
             f"             -H 'content-type: application/json' -d '{json.dumps(body)}'",
+            "Python     from openai import OpenAI",
+            f'           client = OpenAI(base_url="{url}/v1", api_key="KEY")',
+            f"           messages = {json.dumps(body['messages'])}",
+            f"           chat = client.chat.completions.create(model={json.dumps(model)}, "
+            "messages=messages)",
+            "           print(chat.choices[0].message.content)",
         ]
     )
 
@@ -114,6 +121,8 @@ class _Server(uvicorn.Server):
         if self._service.fatal is not None and not self.should_exit:
             self._service.thread.stop()
             self.should_exit = True
+        if self._service.has_failed:  # it has told those who wait
+            self.should_exit = True
         if self._drained_at is not None and not self.should_exit:
             left = self._service.thread.admitted
             if not left or time.monotonic() >= self._drained_at:
@@ -136,6 +145,7 @@ def serve(
     there is something to read is dropped.
 
     Raises:
+        ServerFailed: the engine stopped with an error.
         Exception: what `load` raised, or what the service calls fatal; the server is stopped then.
         KeyboardInterrupt: after a clean stop by Ctrl-C.
     """
@@ -171,6 +181,9 @@ def serve(
         raise service.fatal
     if failures:
         raise failures[0]
+    if service.has_failed:
+        reason = service.loaded().model.failure
+        raise ServerFailed(f"the engine stopped: {reason}") from reason
 
 
 def _leave_at_once() -> None:

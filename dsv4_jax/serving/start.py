@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.compile_cache import use_compile_cache
 from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import Engine
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
+from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.engine.waiting import QueueLimits
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
@@ -35,6 +37,7 @@ from sharding.mesh import shape_of
 from sharding.shards import Shards
 
 DEFAULT_MAX_LEN = 131_072
+TESTED_TOKENS = 4  # that the model must say before requests are let in
 GIB = 1 << 30
 say = partial(print, flush=True)
 
@@ -153,9 +156,25 @@ def start(
     )
     planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
     planner.prepare()
+    service.phase = "testing"
+    self_test(engine, plan.tokenizer.bos_id)
     service.ready(planner, engine, fingerprint(name.encode(), repr(rules).encode()))
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
-    say(how_to_use(url, bool(args.api_key)))
+    say(how_to_use(url, bool(args.api_key), service.settings.names[0]))
+
+
+def self_test(engine: Engine, first: int) -> None:
+    """Lets the model say a few tokens behind token `first`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    greedy = SamplingParams(TESTED_TOKENS, temperature=0.0)
+    try:
+        for _ in engine.stream([first], greedy, frozenset()):
+            pass
+    except EngineError as error:
+        raise ValueError(f"the model fails its first test: {error.__cause__ or error}") from error
 
 
 def follow(
