@@ -78,6 +78,7 @@ def settings_of(args: SimpleNamespace, names: tuple[str, ...]) -> Settings:
         reasoning_fields=reasoning_fields(args),
         metrics_prefix=f"{args.metrics_prefix}:",
         health_timeout_s=args.health_timeout,
+        logs_prompts=args.log_prompts,
         parallel=args.slots + most_waiting(args),
         max_waiting=0,  # they wait in the engine, where tenants take turns
     )

@@ -68,6 +68,7 @@ async def planned(
     else:
         plan = loaded.planner.finished(draft)
     service.counters.restored(plan.restored)
+    service.log_prompt(request.scope["dsv4.request_id"], plan.prompt_ids)
     return plan
 
 

@@ -45,6 +45,8 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
     shown = ask.include_usage, token_bytes, ask.continuous_usage
     reply = CompletionReply(name, loaded.fingerprint, tokens, *shown)
     request_id = request.scope["dsv4.request_id"]
+    for plan in plans:
+        service.log_prompt(request_id, plan.prompt_ids)
     unique = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
     facts = Facts(request_id, request.url.path, plans[0].tenant, tokens, "raw")
     makers = [

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.errors import ApiError, invalid
@@ -12,6 +12,7 @@ from dsv4_jax.serving.grammar.pool import Pool, TooSlow
 from dsv4_jax.serving.tool_fields import ReplyFormat, ToolChoice
 
 Tools = Sequence[Mapping[str, Any]]
+ToolGrammarMode = Literal["off", "structure", "strict"]
 _log = logging.getLogger(__name__)
 
 
@@ -24,10 +25,19 @@ class Constraints:
 
 
 class Constrainer:
-    """Makes constraints for one tokenizer; safe to use from several threads."""
+    """Makes constraints for one tokenizer; safe to use from several threads.
 
-    def __init__(self, compiler: GrammarCompiler, pool: Pool | None = None) -> None:
+    `mode` is `Rules.tool_grammar`.
+    """
+
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        pool: Pool | None = None,
+        mode: ToolGrammarMode = "structure",
+    ) -> None:
         self._compiler = compiler
+        self._mode: ToolGrammarMode = mode
         self._pool = pool or Pool()
 
     def prepare(self) -> None:
@@ -46,13 +56,14 @@ class Constrainer:
         Raises:
             ApiError: 400, a schema or a choice that cannot be followed.
         """
-        is_free = not tools or choice.mode == "none"
+        is_off = self._mode == "off" and not _has_strict(tools)
+        is_free = not tools or choice.mode == "none" or is_off
         if is_free and reply is None and choice.mode != "required":
             return Constraints()
         self._compiler.prepare()
         asked = tools, choice, is_parallel, reply
         try:
-            return self._pool.run(lambda is_late: _Maker(self._compiler, is_late).make(*asked))
+            return self._pool.run(lambda is_late: self._made(is_late, *asked))
         except TooSlow:
             problem = f"takes more than {self._pool.limit_s:g} s to prepare; simplify it"
             error = invalid("response_format" if reply else "tools", problem, "invalid_schema")
@@ -61,10 +72,34 @@ class Constrainer:
         _let_pass(tools, error)
         return Constraints()
 
+    def _made(
+        self,
+        is_late: Callable[[], bool],
+        tools: Tools,
+        choice: ToolChoice,
+        is_parallel: bool,
+        reply: ReplyFormat | None,
+    ) -> Constraints:
+        maker = _Maker(self._compiler, is_late)
+        if self._mode == "strict":
+            try:
+                return maker.make(_all_strict(tools), choice, is_parallel, reply)
+            except ApiError as error:
+                _log.info("tools are not held to all of their schemas: %s", error.message)
+        return maker.make(tools, choice, is_parallel, reply)
+
+
+def _all_strict(tools: Tools) -> Tools:
+    return [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
+
+
+def _has_strict(tools: Tools) -> bool:
+    return any(tool["function"].get("strict") for tool in tools)
+
 
 def _let_pass(tools: Tools, error: ApiError) -> None:
     """Says that calls are free; raises if one of the tools is strict."""
-    if any(tool["function"].get("strict") for tool in tools):
+    if _has_strict(tools):
         raise error
     _log.info("calls are not held to their tools: %s", error.message)
 

@@ -10,6 +10,7 @@ DTYPES = ("bfloat16", "float32")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning")
+TOOL_GRAMMARS = ("off", "structure", "strict")
 TEXT_POLICIES = ("text", "control", "reject")
 
 
@@ -130,6 +131,13 @@ OPTIONS = (
         "dsv4",
         metric_name,
         "NAME",
+    ),
+    Option(
+        "log-prompts",
+        "operation",
+        "write the text of every prompt to the log; otherwise it is never there",
+        False,
+        switch,
     ),
     Option(
         "max-waiting",
@@ -256,6 +264,14 @@ OPTIONS = (
         "render developer as the published encoder does, admit latest_reminder",
         False,
         switch,
+    ),
+    Option(
+        "tool-grammar",
+        "prompt",
+        "what tool calls are held to once begun: names and types, or whole schemas where possible",
+        "structure",
+        one_of(*TOOL_GRAMMARS),
+        choices(TOOL_GRAMMARS),
     ),
     Option(
         "special-tokens-in-text",

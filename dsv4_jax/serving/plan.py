@@ -127,7 +127,7 @@ class Planner:
         self.profile: Profile = profile
         self.max_len = max_len
         self.rules = rules
-        self._constrainer = Constrainer(GrammarCompiler(tokenizer))
+        self._constrainer = Constrainer(GrammarCompiler(tokenizer), mode=rules.tool_grammar)
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
         )

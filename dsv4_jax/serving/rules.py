@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dsv4_jax.serving.constraints import ToolGrammarMode
 from dsv4_jax.tokenizer import TextPolicy
 
 
@@ -17,6 +18,9 @@ class Rules:
             effect, as on the public API.
         requires_reasoning: Refuses earlier tool calls that come without their reasoning.
         internal_roles: Renders `developer` as the published encoder does, admits `latest_reminder`.
+        tool_grammar: What tool calls are held to once they have begun: "structure", their names,
+            parameters and types; "strict", all of their schemas if those can be followed; "off",
+            nothing, unless a request says `strict` itself or a form must hold.
         special_tokens_in_text: What the spelling of a control token in a client's text means.
     """
 
@@ -26,4 +30,5 @@ class Rules:
     official_sampling: bool = False
     requires_reasoning: bool = False
     internal_roles: bool = False
+    tool_grammar: ToolGrammarMode = "structure"
     special_tokens_in_text: TextPolicy = "text"

@@ -3,9 +3,10 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +49,7 @@ class Settings:
     reasoning_fields: tuple[str, ...] = REASONING_FIELDS
     metrics_prefix: str = "dsv4:"
     health_timeout_s: float = 60.0
+    logs_prompts: bool = False
     max_waiting: int = 4
     parallel: int = 1
     max_body_bytes: int = 64 << 20
@@ -154,6 +156,12 @@ class Service:
         if self._loaded is None:
             raise not_ready(self.phase)
         return self._loaded
+
+    def log_prompt(self, request_id: str, prompt_ids: Sequence[int]) -> None:
+        """Writes a prompt to the log, if whoever runs the server wants that."""
+        if self.settings.logs_prompts:
+            text = self.loaded().planner.tokenizer.decode(prompt_ids)
+            _log.info("id=%s prompt_text=%s", request_id, json.dumps(text, ensure_ascii=False))
 
     def warn_once(self, warning: str) -> None:
         if warning not in self._warned:

@@ -152,6 +152,7 @@ def start(
         official_sampling=args.official_sampling,
         requires_reasoning=args.require_reasoning,
         internal_roles=args.internal_roles,
+        tool_grammar=args.tool_grammar,
         special_tokens_in_text=args.special_tokens_in_text,
     )
     planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)

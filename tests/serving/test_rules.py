@@ -12,11 +12,13 @@ from dsv4_jax.serving.client import Answer
 from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.engine.stream import EngineError, SlowReader
 from dsv4_jax.serving.errors import ApiError
+from dsv4_jax.serving.grammar.guide import GrammarError
 from dsv4_jax.serving.options import OPTIONS, most_waiting, reasoning_fields
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import read_chat_request
 from dsv4_jax.serving.settings import resolve
+from tests.serving.completions import block, invoke, json_parameter
 from tests.serving.fakes import MAX_LEN, MODEL, FakeModel, answer, ids, make_service, tokenizer
 
 USER = {"role": "user", "content": "q"}
@@ -98,6 +100,46 @@ def test_control_tokens_spelled_in_text(policy):
     assert (eos in chat.json()["tokens"]) == is_control
     assert (text.json()["tokens"] == [eos]) == is_control
     assert (eos in model.prompts[-1]) == is_control and raw.status_code == 200
+
+
+def test_what_calls_are_held_to():
+    ranged = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    odd = {"type": "object", "properties": {"a": {"type": "string", "format": "x", "pattern": "("}}}
+
+    def calls(mode: Any, schema: dict, **function: Any):
+        function |= {"name": "f", "parameters": schema}
+        tools = [{"type": "function", "function": function}]
+        return plan(Rules(tool_grammar=mode), tools=tools).constraints.calls
+
+    assert calls("off", ranged) is None
+    assert calls("off", ranged, strict=True) is not None
+    empty, whole = block(invoke("f")), block(invoke("f", json_parameter("a", "2")))
+    loose, strict = (calls(mode, ranged) for mode in ("structure", "strict"))
+    assert follows(loose, empty) and follows(loose, whole)
+    assert follows(strict, whole) and not follows(strict, empty)
+    assert calls("strict", odd) is not None  # held to its structure
+
+
+def follows(grammar: Any, completion: str) -> bool:
+    guide, text = grammar.guide(), completion.partition(C.DSML)[2]
+    try:
+        for token in ids(text):
+            guide.advance(token)
+    except GrammarError:
+        return False
+    return guide.may_end
+
+
+@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", ASK), ("/v1/completions", {"prompt": "q"})]
+)
+def test_prompts_are_logged_only_where_wanted(path, body, logs, caplog):
+    caplog.set_level("DEBUG")
+    with served(logs_prompts=logs) as client:
+        asked = json.loads(json.dumps(body).replace('"q"', '"hush-hush"'))
+        assert client.post(path, json=asked).status_code == 200
+    assert ("hush-hush" in caplog.text) == logs
 
 
 # Requests and replies
