@@ -172,10 +172,9 @@ class Answering:
         return answer or Response(status_code=499)
 
     def _admitted(self) -> Choices[Item]:
-        thread = self.service.thread
-        thread.check_room()
-        jobs = [thread.enqueue(choice, choice.close) for choice in self._choices]
-        return Choices(jobs)
+        self.service.check_room()
+        enqueue = self.service.thread.enqueue
+        return Choices([enqueue(choice, choice.close) for choice in self._choices])
 
     async def _whole(self, jobs: Choices[Item]) -> Response:
         events: list[list[Event]] = [[] for _ in self._choices]

@@ -58,7 +58,7 @@ async def planned(
     Raises:
         ApiError: 400, the request cannot be rendered; 429 or 503, there is no room.
     """
-    service.thread.check_room()  # before the work of tokenising
+    service.check_room()  # before the work of tokenising
     async with service.planning:
         tenant = request.scope["dsv4.tenant"]
         draft = await asyncio.to_thread(loaded.planner.draft, ask, tenant, service.replay)

@@ -33,7 +33,7 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
         settings.refuses_unknown_fields,
     )
     name = service.model_name(ask.model)
-    service.thread.check_room()
+    service.check_room()
     tenant = request.scope["dsv4.tenant"]
     async with service.planning:
         plans = [

@@ -18,6 +18,10 @@ class Exposition(Protocol):
         """All of them in its text format."""
         ...
 
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Adds to one of the counters."""
+        ...
+
 
 class Token(NamedTuple):
     """A token with its natural log-probability and the most likely (id, log-probability) pairs.

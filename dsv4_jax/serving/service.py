@@ -87,7 +87,7 @@ class Service:
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
         self.finishing = ThreadPoolExecutor(FINISHING, thread_name_prefix="finish")
-        self.counters = Counters(settings.metrics_prefix)
+        self.counters = Counters(settings.metrics_prefix, settings.names[0])
         self.fatal: Exception | None = None  # ends the server
         self.on_fatal: Callable[[Exception], object] = lambda reason: None
         self.replay = ReplayStore(settings.replay_tokens)
@@ -156,6 +156,19 @@ class Service:
         if self._loaded is None:
             raise not_ready(self.phase)
         return self._loaded
+
+    def check_room(self) -> None:
+        """Does nothing if a request would be taken now.
+
+        Raises:
+            ApiError: 429, too many wait; 503, the server is shutting down.
+        """
+        try:
+            self.thread.check_room()
+        except ApiError as error:
+            if self._loaded is not None:
+                self._loaded.model.metrics.count("admission_rejections", reason=error.code)
+            raise
 
     def log_prompt(self, request_id: str, prompt_ids: Sequence[int]) -> None:
         """Writes a prompt to the log, if whoever runs the server wants that."""

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
@@ -211,6 +212,13 @@ class FakeModel:
                     return stream.tokens[len(begun) :]
         says = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         return ids(says if isinstance(says, str) else says(prompt))
+
+
+def counted(exposition: str, name: str, **labels: str) -> float:
+    """The sum of the samples of a name whose labels include these."""
+    families = text_string_to_metric_families(exposition)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
 
 def answer(content: str, reasoning: str = "hm") -> str:

@@ -1,6 +1,7 @@
 """When the client leaves, the model stops; when the server stops, clients are told."""
 
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -86,6 +87,8 @@ def test_leaving_the_queue(stream):
                 assert full.status_code == 429
                 assert int(full.headers["retry-after"]) > 0
                 assert full.json()["error"]["type"] == "rate_limit_error"
+                counted = httpx.get(f"{address}/metrics").text
+                assert re.search(r'admission_rejections_total\{.*"queue_full"\} 1', counted)
             wait_for(lambda: service.thread.admitted == 1)
             assert httpx.get(f"{address}/health").status_code == 200
         while not model.closed.is_set():
