@@ -121,7 +121,7 @@ class _Server(uvicorn.Server):
         if self._service.fatal is not None and not self.should_exit:
             self._service.thread.stop()
             self.should_exit = True
-        if self._service.has_failed:  # it has told those who wait
+        if _failure(self._service) is not None:  # those who wait were told
             self.should_exit = True
         if self._drained_at is not None and not self.should_exit:
             left = self._service.thread.admitted
@@ -181,9 +181,14 @@ def serve(
         raise service.fatal
     if failures:
         raise failures[0]
-    if service.has_failed:
-        reason = service.loaded().model.failure
+    if (reason := _failure(service)) is not None:
         raise ServerFailed(f"the engine stopped: {reason}") from reason
+
+
+def _failure(service: Service) -> BaseException | None:
+    """What stopped the engine, but for a lost process, of which the service is told apart."""
+    reason = service.loaded().model.failure if service.has_failed else None
+    return None if isinstance(reason, ConnectionError) else reason
 
 
 def _leave_at_once() -> None:
