@@ -10,7 +10,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dsv4_jax.serving.answers import Answering, Facts, MakeTurn, headers_of
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.leader import Leader
 from dsv4_jax.serving.plan import PromptPlan
 from dsv4_jax.serving.reply import Reply
@@ -21,12 +20,8 @@ from dsv4_jax.serving.turn import Turn
 
 async def chat_completions(service: Service, request: Request) -> Response | ASGIApp:
     """Answers one chat request, whole or as a stream."""
-    settings = service.settings
     loaded = service.loaded()
-    ask = read_chat_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s),
-        settings.refuses_unknown_fields,
-    )
+    ask = await service.read(request, read_chat_request)
     name = service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
     reply = Reply(
@@ -36,7 +31,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         ask.include_usage,
         None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
         ask.continuous_usage,
-        settings.reasoning_fields,
+        service.settings.reasoning_fields,
     )
     answering = Answering(
         service,

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dsv4_jax.serving.answers import Answering, Answers, Facts, MakeTurn
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.completion_schema import read_completion_request
 from dsv4_jax.serving.errors import ApiError
 from dsv4_jax.serving.events import Content, Event, Finish, Progress, merge, random_id
@@ -26,12 +25,8 @@ from dsv4_jax.serving.service import Loaded, Service
 
 async def completions(service: Service, request: Request) -> Response | ASGIApp:
     """Answers one completion request, whole or as a stream."""
-    settings = service.settings
     loaded = service.loaded()
-    ask = read_completion_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s),
-        settings.refuses_unknown_fields,
-    )
+    ask = await service.read(request, read_completion_request)
     name = service.model_name(ask.model)
     service.check_room()
     tenant = request.scope["dsv4.tenant"]

@@ -104,6 +104,7 @@ class Draft:
     starts_in_reasoning: bool
     tools: tuple[dict[str, Any], ...]
     continues: bool
+    checkpoints: tuple[int, ...]
     tenant: str
     restored: int
 
@@ -183,6 +184,7 @@ class Planner:
             starts_in_reasoning(segments),
             tuple(tools),
             bool(messages[-1].get("wo_eos")),
+            self._checkpoints(prompt_ids),
             tenant,
             restored,
         )
@@ -214,7 +216,7 @@ class Planner:
             constraints=constraints,
             thinking_budget=request.thinking_budget,
             loop_guard=self.rules.loop_guard,
-            checkpoints=self._checkpoints(draft.prompt_ids),
+            checkpoints=draft.checkpoints,
             tenant=draft.tenant,
             priority=-request.priority,
             min_tokens=request.min_tokens,

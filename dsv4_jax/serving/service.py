@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
+from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.counters import Counters
 from dsv4_jax.serving.errors import ApiError, not_ready, wrong_key
 from dsv4_jax.serving.events import Event, Finish, Progress
@@ -22,6 +23,7 @@ from dsv4_jax.serving.replay import ReplayStore
 from dsv4_jax.serving.reply import REASONING_FIELDS
 from dsv4_jax.serving.worker import ModelThread
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 PARALLEL_PLANS = 2  # requests that are tokenised at the same time
 FINISHING = 8  # requests that wait for their grammars at the same time; more wait for these
@@ -156,6 +158,18 @@ class Service:
         if self._loaded is None:
             raise not_ready(self.phase)
         return self._loaded
+
+    async def read(self, request: Request, read: Callable[[Any, bool], T]) -> T:
+        """Returns what `read` makes of a request's body; it also gets whether unknown fields count.
+
+        Raises:
+            ApiError: 4xx, something is wrong with it.
+        """
+        settings = self.settings
+        limits = settings.max_body_bytes, settings.body_timeout_s
+        return await read_json(
+            request, *limits, lambda body: read(body, settings.refuses_unknown_fields)
+        )
 
     def check_room(self) -> None:
         """Does nothing if a request would be taken now.

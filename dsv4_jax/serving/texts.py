@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dsv4_jax.encoding import render_raw
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.chat import planned
 from dsv4_jax.serving.completion_schema import read_token_ids
 from dsv4_jax.serving.errors import invalid
@@ -24,7 +23,8 @@ async def tokenize(service: Service, request: Request) -> Response:
     service.model_name(Fields(body).text("model"))
     tokenizer = loaded.planner.tokenizer
     if "messages" in body:
-        plan = await planned(service, loaded, request, read_chat_request(body))
+        ask = await asyncio.to_thread(read_chat_request, body)
+        plan = await planned(service, loaded, request, ask)
         ids = list(plan.prompt_ids)
     else:
         async with service.planning:
@@ -44,18 +44,20 @@ async def detokenize(service: Service, request: Request) -> Response:
     tokenizer = service.loaded().planner.tokenizer
     body = await _object(service, request)
     service.model_name(Fields(body).text("model"))
-    ids = read_token_ids(body.get("tokens"), "tokens")
-    if any(token >= tokenizer.vocab_size for token in ids):
-        raise invalid("tokens", "holds ids that are not tokens of this model")
-    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
+
+    def text() -> str:
+        ids = read_token_ids(body.get("tokens"), "tokens")
+        if any(token >= tokenizer.vocab_size for token in ids):
+            raise invalid("tokens", "holds ids that are not tokens of this model")
+        return tokenizer.decode(ids)
+
+    return JSONResponse({"prompt": await asyncio.to_thread(text)})
 
 
 async def render(service: Service, request: Request) -> Response:
     """What a chat request becomes: prompt, ids, and what was decided about it."""
     loaded = service.loaded()
-    ask = read_chat_request(
-        await _object(service, request), service.settings.refuses_unknown_fields
-    )
+    ask = await service.read(request, read_chat_request)
     service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
     facts = {
@@ -80,8 +82,10 @@ async def render(service: Service, request: Request) -> Response:
 
 
 async def _object(service: Service, request: Request) -> dict[str, Any]:
-    settings = service.settings
-    body = await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
+    return await service.read(request, lambda body, _: _checked(body))
+
+
+def _checked(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise invalid(None, "The request body must be a JSON object.", "invalid_json")
     return body

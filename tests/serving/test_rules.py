@@ -1,5 +1,6 @@
 """Choices of whoever runs the server: what each of them changes."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from dsv4_jax.encoding import constants as C
+from dsv4_jax.serving import completion_schema, schema
+from dsv4_jax.serving.anthropic import request as anthropic_request
 from dsv4_jax.serving.api import create_app
 from dsv4_jax.serving.client import Answer
 from dsv4_jax.serving.engine.loop import EngineFull
@@ -314,3 +317,26 @@ def test_reasoning_field():
 def test_wrong_choices(flag, wrong):
     with pytest.raises(ValueError, match=f"--{flag} '{wrong}': must be"):
         settled(f"--{flag}", wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "module"),
+    [
+        ("/v1/chat/completions", ASK, schema),
+        ("/v1/chat/render", ASK, schema),
+        ("/tokenize", ASK, schema),
+        ("/v1/completions", {"prompt": "q"}, completion_schema),
+        ("/v1/messages", ASK | {"max_tokens": 5}, anthropic_request),
+    ],
+)
+def test_requests_are_read_off_the_event_loop(path, body, module, monkeypatch):
+    """Those of many MiB would hold up all others."""
+    loops = []
+
+    def note(*_: object) -> None:
+        loops.append(asyncio._get_running_loop())
+
+    monkeypatch.setattr(module, "check_known", note)
+    with served() as client:
+        assert client.post(path, json=body).status_code == 200
+    assert loops == [None]
