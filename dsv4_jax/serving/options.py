@@ -59,6 +59,22 @@ OPTIONS = (
         "G",
     ),
     Option(
+        "disk-cache",
+        "model",
+        "folder that keeps reusable context and answers with tool calls when the server ends; "
+        "anything in it may be deleted at any time",
+        metavar="DIR",
+        unset="none",
+    ),
+    Option(
+        "disk-cache-gib",
+        "model",
+        "what the disk cache may take, in GiB; the least recently used goes first",
+        64.0,
+        number(0.001),
+        "G",
+    ),
+    Option(
         "mesh",
         "model",
         "devices that share the model: heads over tensor, experts over both",

@@ -5,16 +5,18 @@ with arguments that are the same JSON in other words. The model does better with
 in view, and the prompt cache needs its own tokens to the last one.
 """
 
+import hashlib
 import json
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsv4_jax.encoding import Segment
 from dsv4_jax.encoding import constants as C
+from dsv4_jax.serving.engine.blobs import BlobStore
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class Said:
             and all(_same(a, b) for (_, a), (_, b) in zip(told, self.calls, strict=True))
         )
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ids": self.ids.tolist()}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Said":
+        calls = tuple((name, arguments) for name, arguments in raw["calls"])
+        return cls(**{**raw, "ids": array("i", raw["ids"]), "calls": calls})
+
 
 Find = Callable[[Sequence[str]], Said | None]
 
@@ -47,8 +57,11 @@ Find = Callable[[Sequence[str]], Said | None]
 class ReplayStore:
     """Answers by the ids of their calls, per tenant; the least recently used ones are forgotten.
 
-    Safe to use from several threads. Holds at most `max_tokens` tokens; 0 keeps nothing.
+    Safe to use from several threads. Holds at most `max_tokens` tokens in memory; 0 keeps nothing
+    anywhere. `blobs`, if set, keeps what is remembered, and knows it after a restart.
     """
+
+    blobs: BlobStore | None = None
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -60,19 +73,41 @@ class ReplayStore:
         """Remembers an answer under the first of its calls."""
         if not call_ids or len(said.ids) > self.max_tokens:
             return
+        self._remember((tenant, call_ids[0]), said)
+        if self.blobs is not None:
+            text = json.dumps(said.to_json()).encode()
+            self.blobs.put(_file(tenant, call_ids[0]), {}, [text])
+
+    def _remember(self, key: tuple[str, str], said: Said) -> None:
         with self._lock:
-            self._said[tenant, call_ids[0]] = said
+            if (former := self._said.pop(key, None)) is not None:
+                self._tokens -= len(former.ids)
+            self._said[key] = said
             self._tokens += len(said.ids)
             while self._tokens > self.max_tokens:
                 _, dropped = self._said.popitem(last=False)
                 self._tokens -= len(dropped.ids)
 
     def find(self, tenant: str, call_ids: Sequence[str]) -> Said | None:
-        key = (tenant, call_ids[0]) if call_ids else ("", "")
+        """An answer by the ids of its calls; may read a file."""
+        if not call_ids or not self.max_tokens:
+            return None
+        key = tenant, call_ids[0]
         with self._lock:
             if key in self._said:
                 self._said.move_to_end(key)
-            return self._said.get(key)
+                return self._said[key]
+        if self.blobs is None or (blob := self.blobs.get(_file(*key))) is None:
+            return None
+        said = Said.from_json(json.loads(bytes(blob.payload)))
+        self._remember(key, said)
+        return said
+
+
+def _file(tenant: str, call_id: str) -> str:
+    """Name of the file of an answer, which says nothing about either."""
+    salt = hashlib.sha256(tenant.encode()).digest()
+    return f"r-{hashlib.sha256(salt + call_id.encode()).hexdigest()}"
 
 
 def spliced(

@@ -18,10 +18,12 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.compile_cache import use_compile_cache
+from dsv4_jax.serving.counters import BUILD
 from dsv4_jax.serving.engine import mirror
+from dsv4_jax.serving.engine.blobs import check_folder
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
-from dsv4_jax.serving.engine.loop import Engine
+from dsv4_jax.serving.engine.loop import DiskCache, Engine
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.engine.waiting import QueueLimits
@@ -69,6 +71,8 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     max_len = min(cfg.max_len, DEFAULT_MAX_LEN) if args.max_len is None else args.max_len
     if max_len > cfg.max_len:
         raise ValueError(f"--max-len {max_len} must not exceed the model's {cfg.max_len}")
+    if args.disk_cache is not None:
+        check_folder(args.disk_cache)  # now, not after the weights are loaded
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
@@ -120,8 +124,9 @@ def start(
         raise ValueError("--compile-only keeps nothing with --compile-cache off")
     begin = time.monotonic()
     cfg, params = _loaded(args, folder, plan, load, service)
-    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
+    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels} {_where(plan)}"
     name = fingerprint(Path(folder, "manifest.json").read_bytes(), how.encode())
+    folder_of, disk_bytes = args.disk_cache, int(args.disk_cache_gib * GIB)
     engine = Engine(
         cfg,
         plan.num,
@@ -135,7 +140,12 @@ def start(
         metrics_prefix=f"{args.metrics_prefix}:",
         shards=plan.shards,
         channel=line,
+        disk_cache=None if folder_of is None else DiskCache(folder_of, disk_bytes),
     )
+    if engine.disk is not None:
+        service.replay.blobs = engine.disk.store
+        used = f"{engine.disk.store.used / GIB:.1f} of {args.disk_cache_gib:g} GiB"
+        say(f"disk     {folder_of}: {used} (--disk-cache)")
     service.on_fatal = engine.fail
     say("compiling …")
     service.phase = "compiling"
@@ -194,6 +204,13 @@ def follow(
     programs = Programs(cfg, plan.num, params, plan.sizes, plan.shards)
     say(f"process {jax.process_index()} of {jax.process_count()} follows the first one")
     mirror.follow(programs, line)
+
+
+def _where(plan: Plan) -> str:
+    """What else decides the last bits of what is computed."""
+    kind, mesh = jax.devices()[0].device_kind, plan.shards.mesh
+    shape = shape_of(mesh) if isinstance(mesh, Mesh) else ""
+    return f"{BUILD} {kind} {shape} {plan.sizes.page_tokens}"
 
 
 def _loaded(

@@ -6,52 +6,27 @@ Every call reads or writes the device's state at once, behind the steps that wer
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from dsv4_jax.serving.engine.checkpoints import Handle
-from dsv4_jax.serving.engine.device import Programs, bytes_of
+from dsv4_jax.serving.engine.copies import Copies, Copy
+from dsv4_jax.serving.engine.device import bytes_of
 from dsv4_jax.serving.engine.host import Unit
-from dsv4_jax.serving.engine.mirror import Mirror
-from dsv4_jax.serving.engine.request import Request
+from dsv4_jax.serving.engine.request import Request, Status
 from dsv4_jax.serving.engine.runner import PAGES_AT_ONCE, Runner
 
 
-class _Copies:
-    """Trees of arrays on their way from the device to host memory."""
-
-    def __init__(self, programs: Programs | Mirror) -> None:
-        self._programs = programs
-        self._under_way: list[_Copy] = []
-
-    def add(self, tree: Any) -> _Copy:
-        copy = _Copy(tree)
-        self._programs.tie(copy, tree)
-        for leaf in jax.tree.leaves(tree):
-            leaf.copy_to_host_async()
-        self._under_way.append(copy)
-        return copy
-
-    def settle(self) -> None:
-        """Lets go of the device's memory; waits until the copies are made."""
-        for copy in self._under_way:
-            copy.tree = jax.device_get(copy.tree)
-        self._under_way.clear()
-
-
-@dataclass(eq=False)
-class _Copy:
-    tree: Any
+Entry = tuple[str, Unit]  # "page" or "checkpoint", of which unit
 
 
 @dataclass(frozen=True)
 class _Parked:
-    rings: _Copy
-    pages: list[_Copy]  # PAGES_AT_ONCE each
+    rings: Copy
+    pages: list[Copy]  # PAGES_AT_ONCE each
 
 
 class HostMemory:
@@ -71,10 +46,11 @@ class HostMemory:
         self.used = 0  # bytes of the tier
         self._runner = runner
         self._on_evict = on_evict
-        self._copies = _Copies(runner.programs)
+        self._copies = Copies(runner.programs)
         self._parked: dict[Request, _Parked] = {}
-        self._entries: OrderedDict[tuple[str, Unit], _Copy] = OrderedDict()  # oldest use first
-        self._sizes: dict[tuple[str, Unit], int] = {}
+        self._entries: OrderedDict[Entry, Copy] = OrderedDict()  # oldest use first
+        self._staged: dict[Request, Mapping[Entry, Any]] = {}
+        self._sizes: dict[Entry, int] = {}
 
     def settle(self) -> None:
         """Call it when a step has come back, so that copies do not stay on the device."""
@@ -95,10 +71,10 @@ class HostMemory:
                 self._keep("page", unit, copy, bytes_of(copy.tree) // len(units))
 
     def has_unit(self, unit: Unit) -> bool:
-        return ("page", unit) in self._entries
+        return self._has("page", unit)
 
     def load_page(self, unit: Unit, page: int) -> None:
-        rows = self._used("page", unit).tree
+        rows = self._used("page", unit)
         runner = self._runner
         pages = np.array([page], np.int32)
         runner.state = runner.programs.write_pages(runner.state, pages, rows)
@@ -110,14 +86,14 @@ class HostMemory:
             self._keep("checkpoint", unit, self._copies.add(rings), bytes_of(rings))
 
     def has_checkpoint(self, unit: Unit) -> bool:
-        return ("checkpoint", unit) in self._entries
+        return self._has("checkpoint", unit)
 
     def load_checkpoint(self, unit: Unit, handle: Handle) -> None:
-        rings = self._used("checkpoint", unit).tree
+        rings = self._used("checkpoint", unit)
         runner = self._runner
         runner.state = runner.programs.write_checkpoint(runner.state, np.int32(handle), rings)
 
-    def _keep(self, kind: str, unit: Unit, copy: _Copy, size: int) -> None:
+    def _keep(self, kind: str, unit: Unit, copy: Copy, size: int) -> None:
         if (kind, unit) in self._entries:
             return
         self._entries[kind, unit] = copy
@@ -128,9 +104,32 @@ class HostMemory:
             self.used -= self._sizes.pop(key)
             self._on_evict()
 
-    def _used(self, kind: str, unit: Unit) -> _Copy:
-        self._entries.move_to_end((kind, unit))
-        return self._entries[kind, unit]
+    def _has(self, kind: str, unit: Unit) -> bool:
+        entry = kind, unit
+        return entry in self._entries or any(entry in held for held in self._staged.values())
+
+    def _used(self, kind: str, unit: Unit) -> Any:
+        entry = kind, unit
+        if entry in self._entries:
+            self._entries.move_to_end(entry)
+            return self._entries[entry].tree
+        return next(held[entry] for held in self._staged.values() if entry in held)
+
+    # What was read from disk for requests that wait.
+
+    def stage(self, request: Request, entries: Mapping[Entry, Any]) -> None:
+        """Holds what a request will resume from until `unstage`, whatever the capacity."""
+        self._staged[request] = entries
+
+    def unstage(self) -> None:
+        """Lets go of what requests that no longer wait had staged."""
+        for request in [r for r in self._staged if r.status is not Status.WAITING]:
+            del self._staged[request]
+
+    @property
+    def staged(self) -> int:
+        """Requests with something staged."""
+        return len(self._staged)
 
     # Parking of preempted requests.
 
@@ -154,7 +153,7 @@ class HostMemory:
     def forget(self, request: Request) -> None:
         self._parked.pop(request, None)
 
-    def _read_pages(self, pages: Sequence[int], size: int) -> _Copy:
+    def _read_pages(self, pages: Sequence[int], size: int) -> Copy:
         padded = np.zeros(size, np.int32)
         padded[: len(pages)] = pages
         return self._copies.add(self._runner.programs.read_pages(self._runner.state, padded))

@@ -18,10 +18,12 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import Params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.serving.engine.blobs import BlobStore
 from dsv4_jax.serving.engine.checkpoints import CheckpointPool
 from dsv4_jax.serving.engine.compiles import compiled_here
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import FAILED, Programs, Sizes
+from dsv4_jax.serving.engine.disk import DiskTier, layout_of
 from dsv4_jax.serving.engine.host_memory import HostMemory
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.mirror import Mirror, ProcessLost, Sender
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 LOOK_AHEAD = 2  # steps under way: the device works on one while the host reads the other
 IDLE_WAIT_S = 0.5
 STEP_TIMEOUT_S = 300.0
+LAST_WRITES_S = 10.0  # for what is still to go to disk at the end
 
 
 class EngineFull(RuntimeError):
@@ -53,6 +56,13 @@ class EngineFull(RuntimeError):
 
 class NotFinite(ArithmeticError):
     """Logits that hold NaN or infinity."""
+
+
+class DiskCache(NamedTuple):
+    """A folder for what the prefix cache and the replay store keep, and its bytes at most."""
+
+    folder: str
+    capacity: int
 
 
 class Step(NamedTuple):
@@ -78,9 +88,10 @@ class Engine:
         metrics_prefix: Stands in front of their names.
         shards: The mesh its weights are spread over, by the rules `ENGINE`.
         channel: To the other processes of the mesh, which `mirror.follow` it.
+        disk_cache: Where prefixes outlive the process; None keeps none.
 
     Raises:
-        ValueError: sizes that contradict each other.
+        ValueError: sizes that contradict each other, or the folder cannot be used.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Engine:
         metrics_prefix: str = "dsv4:",
         shards: Shards = SINGLE,
         channel: Sender | None = None,
+        disk_cache: DiskCache | None = None,
     ) -> None:
         if sizes.slots != scheduling.num_slots or sizes.max_len != scheduling.max_len:
             raise ValueError("sizes of device and scheduler differ")
@@ -118,7 +130,7 @@ class Engine:
 
         self.host = HostMemory(self.runner, host_cache_bytes, lambda: evicted("host"))
         store = CheckpointPool(sizes.checkpoints)
-        tier = self.host if host_cache_bytes else None
+        tier = self.host if host_cache_bytes or disk_cache else None
         cache = PrefixCache(self.pages, store, fingerprint, tier, evicted)
         self.scheduler = Scheduler(scheduling, cache, self.host, time.monotonic, metrics)
         metrics.describe(
@@ -134,6 +146,8 @@ class Engine:
         metrics.watch("host_cache_usage_perc", lambda: self.host.used / max(host_cache_bytes, 1))
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
+        self.disk = None if disk_cache is None else self._open_disk(disk_cache, fingerprint)
+        metrics.watch("disk_cache_bytes", lambda: self.disk.store.used if self.disk else 0)
         self._ids = itertools.count()
         self._ready: set[Payload] = set()  # with tokens that no reader has yet
         self._flushes: list[Future[int]] = []
@@ -143,6 +157,17 @@ class Engine:
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = Watchdog(step_timeout_s, lambda: self.busy_s, self.fail)
+
+    def _open_disk(self, where: DiskCache, fingerprint: str) -> DiskTier:
+        def count(event: str) -> None:
+            self.metrics.count("disk_cache_events", event=event)
+
+        name = f"{fingerprint or 'model'}-{layout_of(self.runner.state).digest}"
+        store = BlobStore(where.folder, name, where.capacity, count)
+        cache = self.scheduler.cache
+        tier = DiskTier(self.runner, cache, self.host, store, self._work, time.monotonic, count)
+        cache.on_attach = tier.keep
+        return tier
 
     # What clients call, from any thread.
 
@@ -161,6 +186,8 @@ class Engine:
             self._thread.join(1.0 if isinstance(self.failure, EngineStuck | ProcessLost) else None)
         if self._mirror is not None and self.failure is None:
             self._mirror.end()
+        if self.disk is not None:
+            self.disk.close()
 
     def fail(self, reason: BaseException) -> None:
         """Ends all requests with an error, and takes no more.
@@ -223,6 +250,8 @@ class Engine:
             rejection = self.scheduler.submit(request)
             if rejection is not None:
                 raise EngineFull(rejection.reason, rejection.retry_after_s)
+            if self.disk is not None and request.reuse_prefix:
+                self.disk.fetch(request)
             self._work.notify_all()
         return RequestStream(request, payload)
 
@@ -267,6 +296,8 @@ class Engine:
     def _run(self) -> None:
         try:
             self._loop()
+            if self.disk is not None and not self.failure:
+                self.disk.finish(LAST_WRITES_S)
         except BaseException as error:
             log.exception("the engine stopped")
             self.failure = self.failure or error
@@ -306,8 +337,11 @@ class Engine:
                 self._flush()
                 plan = self.scheduler.plan() if len(under_way) < LOOK_AHEAD else None
                 self._report()
+                self.host.unstage()
                 if plan is None and not under_way:
                     self._hand_out()
+                    if self.disk is not None and self.disk.pump():
+                        continue
                     self._busy_since = None
                     self._work.wait(IDLE_WAIT_S)
                     continue
@@ -358,6 +392,8 @@ class Engine:
         except Exception as error:
             self._survive(plan, error)
         self.host.settle()
+        if self.disk is not None:
+            self.disk.pump()
         failed = {row.slot for row in (*plan.prefill, *plan.decode)}
         tokens: dict[int, int] = {}
         places: dict[Request, tuple[Landed, int]] = {}

@@ -38,6 +38,7 @@ GAUGES = {
     "num_requests_preempted": "Requests that lost their slot and will go on.",
     "kv_cache_usage_perc": "Share of pages in use by requests, 0 to 1.",
     "slot_usage_perc": "Share of slots in use, 0 to 1.",
+    "disk_cache_bytes": "Size of the files of the prefix cache.",
     "host_cache_usage_perc": "Share of the host memory of the prefix cache in use, 0 to 1.",
 }
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -47,6 +48,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "prefix_cache_hits": ("Prompt tokens restored from the prefix cache.", ()),
     "prefix_cache_replayed_tokens": ("Cached prompt tokens computed again for their state.", ()),
     "prefix_cache_evictions": ("Pages and checkpoints evicted.", ("tier",)),
+    "disk_cache_events": (
+        "Files of the prefix cache: write, evict, corrupt, refuse, error; requests: hit, miss.",
+        ("event",),
+    ),
     "num_preemptions": ("Requests that lost their slot because pages ran out.", ()),
     "request_success": ("Requests that ended as they should.", ("finished_reason",)),
     "request_aborts": ("Requests that ended early.", ("phase",)),

@@ -28,6 +28,7 @@ class PrefixCache:
         fingerprint: Changes with anything that changes the numbers in a page.
         host: Second tier for what is evicted here.
         on_evict: Told "page" or "checkpoint" for each one that goes.
+        on_attach: Told the node that got a checkpoint.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class PrefixCache:
         fingerprint: str = "",
         host: HostTier | None = None,
         on_evict: Callable[[str], object] = lambda tier: None,
+        on_attach: Callable[[Node], object] = lambda node: None,
     ) -> None:
         self.pages = pages
         self.store = store
         self.nodes: dict[bytes, Node] = {}
         self.on_evict = on_evict
+        self.on_attach = on_attach
         self._fingerprint = fingerprint
         self._host = host
         self._holders: dict[bytes, Node] = {}  # nodes with a checkpoint
@@ -173,6 +176,7 @@ class PrefixCache:
             before = before.parent
         self._holders[node.key] = node
         self._offer(node)
+        self.on_attach(node)
 
     def at(self, chain: UnitChain, position: int) -> Node | None:
         """The node that ends at `position`, a multiple of 128."""

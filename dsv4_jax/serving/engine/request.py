@@ -90,6 +90,7 @@ class Request:
     preemptions: int = 0
     parked: int = 0  # tokens whose state waits in the parking
     cancelled: bool = False
+    held_until: float | None = None  # on the engine's clock: while its prefix is being read
     # What it holds while it has a slot.
     slot: int | None = None
     pages: list[int] = field(default_factory=list)

@@ -269,6 +269,8 @@ class Scheduler:
 
     def _may_start(self, request: Request) -> bool:
         """Whether nothing but room can keep a request from starting."""
+        if request.held_until is not None and self._clock() < request.held_until:
+            return False
         leader = request.leader
         if leader is not None and leader.status is not Status.FINISHED:
             if leader.times.first_token is None:

@@ -43,14 +43,19 @@ RUN = RunConfig(
         "copy": (Source(f"{ROOT}/copy", 0.93), Source(f"{ROOT}/text", 0.07)),
         "short": (Source(f"{ROOT}/short", 0.95), Source(f"{ROOT}/text", 0.05)),
         "middle": (Source(f"{ROOT}/middle"),),
+        "long1k": (Source(f"{ROOT}/long1k"), Source(f"{ROOT}/drill")),
+        "long2k": (Source(f"{ROOT}/long2k", 0.65), Source(f"{ROOT}/drill2k", 0.35)),
     },
     phases=(
         # long lists to copy first: most of what is learnt asks for looking back at what followed
         Phase("copy", 430_080, 256, 4, attention="dense", learn="trunk", data="copy"),
         Phase("short", 1_638_400, 256, 4, attention="dense", learn="trunk", data="short"),
-        Phase("middle", 4_096_000, 512, 4, attention="dense", learn="trunk", data="middle"),
+        Phase("middle", 3_481_600, 512, 4, attention="dense", learn="trunk", data="middle"),
+        Phase("indexers", 204_800, 1024, 2, attention="dense", learn="indexer", data="long1k"),
+        Phase("sparse", 1_638_400, 1024, 2, data="long1k"),
+        Phase("decay", 1_638_400, 2048, 1, data="long2k", quantise=True),
     ),
-    schedule=Schedule(lr=1e-2, end_lr=1e-3, warmup_steps=50, decay_from=0.9),
+    schedule=Schedule(lr=1e-2, end_lr=2e-4, warmup_steps=50, decay_from=0.8186),
     micro_rows=2,  # what a layer keeps then stays in the cache of a core
     scan=False,  # unrolled layers run faster on a CPU
     checkpoint_every=100,
