@@ -256,7 +256,7 @@ class Engine:
         return RequestStream(request, payload)
 
     def flush_cache(self) -> int:
-        """Forgets the cached prefixes that no request uses, on the device and on the host.
+        """Forgets the cached prefixes that no request uses, and all on the host and on disk.
 
         Returns:
             Tokens that were forgotten on the device.
@@ -270,7 +270,10 @@ class Engine:
                 raise EngineError("the engine has stopped") from self.failure
             self._flushes.append(done)
             self._work.notify_all()
-        return done.result()
+        tokens = done.result()
+        if self.disk is not None:
+            self.disk.clear()
+        return tokens
 
     @property
     def busy_s(self) -> float:
@@ -323,6 +326,8 @@ class Engine:
         before = len(cache.nodes)
         cache.flush()
         self.host.clear()
+        if self.disk is not None:
+            self.disk.forget()
         for done in self._flushes:
             done.set_result((before - len(cache.nodes)) * UNIT)
         self._flushes.clear()
