@@ -13,6 +13,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-MAX_BIASED = 300  # ids of one request that `logit_bias` may name
+MAX_BIASED = 1024  # ids of one request that `logit_bias` may name
 MAX_LOGPROBS = 20
 MASK_BITS = 32
 EVERYTHING = 0xFFFFFFFF  # a word of a mask that allows all its ids
@@ -146,14 +147,15 @@ def knobs_of(rows: Sequence[tuple[SamplingParams, np.ndarray]], size: int) -> Kn
         return values
 
     keys_B2 = np.zeros((size, 2), np.uint32)
-    ids = np.full((size, MAX_BIASED), np.iinfo(np.int32).max, np.int32)
-    bias = np.zeros((size, MAX_BIASED), np.float32)
+    ids_BJ, bias_BJ = no_bias(size)
+    if any(params.logit_bias for params, _ in rows):
+        ids_BJ, bias_BJ = ids_BJ.copy(), bias_BJ.copy()
     wants_logprobs_B = np.zeros(size, bool)
     for i, (params, key_2) in enumerate(rows):
         keys_B2[i] = key_2
         wants_logprobs_B[i] = params.logprobs is not None
         for j, (token, value) in enumerate(params.logit_bias):
-            ids[i, j], bias[i, j] = token, value
+            ids_BJ[i, j], bias_BJ[i, j] = token, value
     return Knobs(
         keys_B2,
         column("temperature", 0, np.float32),
@@ -163,10 +165,20 @@ def knobs_of(rows: Sequence[tuple[SamplingParams, np.ndarray]], size: int) -> Kn
         column("presence_penalty", 0, np.float32),
         column("frequency_penalty", 0, np.float32),
         column("repetition_penalty", 1, np.float32),
-        ids,
-        bias,
+        ids_BJ,
+        bias_BJ,
         wants_logprobs_B,
     )
+
+
+@cache
+def no_bias(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and bias of `size` rows that have none: the same two arrays each time, read-only."""
+    ids_BJ = np.full((size, MAX_BIASED), np.iinfo(np.int32).max, np.int32)
+    bias_BJ = np.zeros((size, MAX_BIASED), np.float32)
+    for array in (ids_BJ, bias_BJ):
+        array.flags.writeable = False
+    return ids_BJ, bias_BJ
 
 
 def mask_words(vocab_size: int) -> int:

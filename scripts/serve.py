@@ -19,12 +19,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from dsv4_jax.serving.accelerator import use_cpu_if_alone
-from dsv4_jax.serving.options import OPTIONS
+from dsv4_jax.serving.errors import ServerFailed
+from dsv4_jax.serving.options import OPTIONS, most_waiting, reasoning_fields
 from dsv4_jax.serving.settings import UsageError, resolve
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.hosts import Follower, Leader
-    from dsv4_jax.serving.service import Service
+    from dsv4_jax.serving.service import Service, Settings
 
 DEMO = Path(__file__).parents[1] / "dsv4_jax" / "data" / "demo"
 DEMO_NOTICE = "This is a demo: a tiny model with random weights. The text it writes is noise."
@@ -32,27 +33,26 @@ say = partial(print, flush=True)
 EPILOG = """Every setting is also a key of the --config file (max-len) and an environment variable
 (DSV4_MAX_LEN). A flag wins over a variable, a variable over the file.
 Exit status: 0 stopped, 1 failed, 2 usage."""
-WAITING_PER_SLOT, MAX_WAITING = 4, 256  # requests that wait in the engine, where tenants take turns
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(args: SimpleNamespace, folder: str) -> None:
     from dsv4_jax.serving.hosts import Follower, connect
     from dsv4_jax.serving.launch import listen, serve, url_of
-    from dsv4_jax.serving.service import Service, Settings
+    from dsv4_jax.serving.service import Service
 
     names = args.served_model_name or (Path(args.checkpoint or "dsv4-demo").resolve().name,)
     if args.dry_run:
         return load(args, folder, names[0])
+    service = Service(settings_of(args, names))
     line = connect(args.coordinator)
     if isinstance(line, Follower):
         return follow(args, folder, names[0], line)
+    if args.compile_only:
+        return load(args, folder, names[0], service, line=line)
     listener = listen(args.host, args.port)
     if args.host not in LOOPBACK and not args.api_key:
         print(f"serve.py: warning: anyone who reaches {args.host} can use this", file=sys.stderr)
-    notice = None if args.checkpoint else DEMO_NOTICE
-    followed = args.slots + min(WAITING_PER_SLOT * args.slots, MAX_WAITING)
-    service = Service(Settings(names, notice, args.api_key, parallel=followed, max_waiting=0))
     url = url_of(listener)
     if line is not None:
         line.watch(service.fail)
@@ -62,6 +62,25 @@ def run(args: SimpleNamespace, folder: str) -> None:
         lambda: load(args, folder, names[0], service, url, line),
         args.drain_timeout,
         args.client_stall_timeout,
+    )
+
+
+def settings_of(args: SimpleNamespace, names: tuple[str, ...]) -> Settings:
+    from dsv4_jax.serving.service import Settings
+
+    return Settings(
+        names,
+        None if args.checkpoint else DEMO_NOTICE,
+        args.api_key,
+        args.admin_key,
+        answers_any_name=args.any_model,
+        refuses_unknown_fields=args.strict_fields,
+        reasoning_fields=reasoning_fields(args),
+        metrics_prefix=f"{args.metrics_prefix}:",
+        health_timeout_s=args.health_timeout,
+        logs_prompts=args.log_prompts,
+        parallel=args.slots + most_waiting(args),
+        max_waiting=0,  # they wait in the engine, where tenants take turns
     )
 
 
@@ -133,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("several hosts need --checkpoint: the demo is for one")
             join(args.coordinator, args.hosts, args.host_index)
         run(args, args.checkpoint) if args.checkpoint else run_demo(args)
-    except ConnectionError as error:
+    except (ConnectionError, ServerFailed) as error:
         print(f"serve.py: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a job that lost a process cannot be taken down in order
+        os._exit(1)  # what lost a process, or a step of its engine, cannot be taken down in order
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1

@@ -15,8 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dsv4_jax.serving.choices import Choices
 from dsv4_jax.serving.engine.loop import EngineFull
 from dsv4_jax.serving.engine.request import FinishReason
-from dsv4_jax.serving.engine.stream import EngineError
-from dsv4_jax.serving.errors import cancelled, not_ready, queue_full
+from dsv4_jax.serving.engine.stream import EngineError, SlowReader
+from dsv4_jax.serving.errors import (
+    ApiError,
+    cancelled,
+    not_ready,
+    queue_full,
+    slow_reader,
+    tenant_limit,
+)
 from dsv4_jax.serving.events import Event, Finish, Progress, Reasoning
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.service import Service
@@ -84,20 +91,36 @@ class _Choice:
                     yield Progress(*counts, turn.cached_tokens or 0)
                 yield item
         except Cancelled:
+            if self._service.has_failed:
+                raise not_ready("engine_unhealthy") from None
             self.reason = "cancelled"
             raise cancelled() if self._service.is_open else not_ready("draining") from None
         except EngineFull as error:
-            raise queue_full(error.retry_after_s) from error
+            self.reason = error.reason
+            raise _refusal(error) from error
         except Exception as error:
             if self._service.has_failed:
                 raise not_ready("engine_unhealthy") from error
             if isinstance(error, EngineError) and error.reason in _TRY_LATER:
-                raise not_ready(_TRY_LATER[error.reason]) from error
+                self.reason = _TRY_LATER[error.reason]
+                raise not_ready(self.reason) from error
+            if isinstance(error.__cause__, SlowReader):
+                self.reason = "slow_reader"
+                raise slow_reader() from error
             raise
 
     def close(self) -> None:
         if self.turn is not None:
             self.turn.close()
+
+
+def _refusal(error: EngineFull) -> ApiError:
+    match error.reason:
+        case "tenant_limit":
+            return tenant_limit(error.retry_after_s)
+        case "draining":
+            return not_ready("draining", error.retry_after_s)
+    return queue_full(error.retry_after_s)
 
 
 class Reply(Protocol):
@@ -149,10 +172,9 @@ class Answering:
         return answer or Response(status_code=499)
 
     def _admitted(self) -> Choices[Item]:
-        thread = self.service.thread
-        thread.check_room()
-        jobs = [thread.enqueue(choice, choice.close) for choice in self._choices]
-        return Choices(jobs)
+        self.service.check_room()
+        enqueue = self.service.thread.enqueue
+        return Choices([enqueue(choice, choice.close) for choice in self._choices])
 
     async def _whole(self, jobs: Choices[Item]) -> Response:
         events: list[list[Event]] = [[] for _ in self._choices]
@@ -169,6 +191,7 @@ class Answering:
 
     def _end(self, jobs: Choices[Item], was_left: bool) -> None:
         self.service.unregister(jobs)
+        was_left = was_left or any(choice.reason == "slow_reader" for choice in self._choices)
         aborted_by = "request" if jobs.was_cancelled else "client" if was_left else "-"
         jobs.cancel()
         self._log_line(aborted_by)
@@ -182,7 +205,9 @@ class Answering:
         tenant = sha256(facts.tenant.encode()).hexdigest()[:8]
         finish = ",".join(choice.reason for choice in choices)
         empty = sum(choice.is_empty and choice.reason == "stop" for choice in choices)
-        self.service.counters.request([c.reason for c in choices], repairs, guards, empty)
+        reasoning = sum(turn.reasoning_tokens for turn in turns)
+        reasons = [choice.reason for choice in choices]
+        self.service.counters.request(reasons, repairs, guards, empty, reasoning)
         _log.info(
             "id=%s path=%s tenant=%s mode=%s n=%d prompt=%d cached=%d completion=%d reasoning=%d "
             "first_s=%s seconds=%.3f finish=%s aborted_by=%s repairs=%s guards=%s",
@@ -194,7 +219,7 @@ class Answering:
             facts.prompt_tokens,
             (turns[0].cached_tokens or 0) if turns else 0,
             sum(turn.completion_tokens for turn in turns),
-            sum(turn.reasoning_tokens for turn in turns),
+            reasoning,
             f"{min(firsts) - facts.start:.3f}" if firsts else "-",
             time.monotonic() - facts.start,
             finish,

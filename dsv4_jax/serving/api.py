@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dsv4_jax.serving.admin import drain, flush_cache
 from dsv4_jax.serving.anthropic.errors import error_body, is_anthropic, status_of
 from dsv4_jax.serving.anthropic.routes import count_tokens, messages
 from dsv4_jax.serving.chat import chat_completions
@@ -42,6 +43,7 @@ POSTS: dict[str, Callable[[Service, Request], Awaitable[Any]]] = {
     "/detokenize": detokenize,
     "/v1/chat/render": render,
 }
+ADMIN = {"/admin/drain": drain, "/admin/flush_cache": flush_cache}
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,12 @@ def create_app(service: Service) -> ASGIApp:
     def guarded(handler: Callable[[Service, Request], Awaitable[Any]]) -> Handler:
         async def endpoint(request: Request) -> Any:
             request.scope["dsv4.tenant"] = service.check_key(request)
+            return await handler(service, request)
+
+        return endpoint
+
+    def administered(handler: Callable[[Service, Request], Awaitable[Any]]) -> Handler:
+        async def endpoint(request: Request) -> Any:
             return await handler(service, request)
 
         return endpoint
@@ -73,6 +81,7 @@ def create_app(service: Service) -> ASGIApp:
     app = Starlette(
         routes=[
             *(Route(path, guarded(handler), methods=["POST"]) for path, handler in POSTS.items()),
+            *(Route(path, administered(run), methods=["POST"]) for path, run in ADMIN.items()),
             Route("/v1/requests/{name}/cancel", guarded(_cancel), methods=["POST"]),
             Route("/v1/models", guarded(_models)),
             Route("/v1/server_info", guarded(_server_info)),
@@ -95,16 +104,19 @@ def _with(service: Service, handler: Callable[[Service], Response]) -> Handler:
 
 
 def _health(service: Service) -> Response:
-    """200 while the engine lives (loading included); 503 once it has failed."""
+    """200 while the engine lives (loading included); 503 once it has failed or goes no further."""
     if service.has_failed:
         reason = str(service.loaded().model.failure)
         return JSONResponse({"status": "failed", "reason": reason}, 503)
+    if service.is_stuck:
+        reason = f"no step for {service.settings.health_timeout_s:g} s"
+        return JSONResponse({"status": "stuck", "reason": reason}, 503)
     return JSONResponse({"status": "ok"})
 
 
 def _metrics(service: Service) -> Response:
     """The engine's metrics, and what the event loop holds."""
-    name = "dsv4:asyncio_tasks"
+    name = f"{service.settings.metrics_prefix}asyncio_tasks"
     head = f"# HELP {name} Tasks of the HTTP event loop.\n# TYPE {name} gauge\n"
     tasks = f"{head}{name} {len(asyncio.all_tasks())}\n".encode()
     return Response(service.metrics() + tasks, media_type="text/plain; version=0.0.4")
@@ -156,8 +168,8 @@ async def _server_info(service: Service, _: Request) -> Response:
             "models": list(settings.names),
             "max_model_len": planner.max_len,
             "prompt_profile": planner.profile,
-            "default_effort": planner.default_effort,
-            "loop_guard": planner.loop_guard,
+            "default_effort": planner.rules.default_effort,
+            "loop_guard": planner.rules.loop_guard,
             "replay_tokens": settings.replay_tokens,
             "system_fingerprint": loaded.fingerprint,
             "tokenizer_sha256": planner.tokenizer.sha256,
@@ -255,6 +267,6 @@ class _Outermost:
 
 
 _COUNTED = {
-    *(*POSTS, "/v1/models", "/v1/server_info", "/health", "/ready", "/version"),
+    *(*POSTS, *ADMIN, "/v1/models", "/v1/server_info", "/health", "/ready", "/version"),
     *("/metrics", "/openapi.json", "/"),
 }

@@ -3,21 +3,25 @@
 import asyncio
 import json
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
 from dsv4_jax.serving.errors import ApiError, invalid
 
+T = TypeVar("T")
 MAX_DEPTH = 64
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_json(request: Request, max_bytes: int, timeout_s: float) -> Any:
-    """Returns the parsed body.
+async def read_json(
+    request: Request, max_bytes: int, timeout_s: float, read: Callable[[Any], T]
+) -> T:
+    """Returns what `read` makes of the parsed body, both done off the event loop.
 
     Raises:
-        ApiError: 400, 408, 413 or 415, with what is wrong.
+        ApiError: 400, 408, 413 or 415, with what is wrong; what `read` raises.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -28,7 +32,7 @@ async def read_json(request: Request, max_bytes: int, timeout_s: float) -> Any:
             body = await _read(request, max_bytes)
     except TimeoutError:
         raise ApiError(408, "body_timeout", "The request body did not arrive in time.") from None
-    return await asyncio.to_thread(parse_json, body)
+    return await asyncio.to_thread(lambda: read(parse_json(body)))
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

@@ -10,7 +10,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dsv4_jax.serving.answers import Answering, Facts, MakeTurn, headers_of
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.leader import Leader
 from dsv4_jax.serving.plan import PromptPlan
 from dsv4_jax.serving.reply import Reply
@@ -21,11 +20,8 @@ from dsv4_jax.serving.turn import Turn
 
 async def chat_completions(service: Service, request: Request) -> Response | ASGIApp:
     """Answers one chat request, whole or as a stream."""
-    settings = service.settings
     loaded = service.loaded()
-    ask = read_chat_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
-    )
+    ask = await service.read(request, read_chat_request)
     name = service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
     reply = Reply(
@@ -35,6 +31,7 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
         ask.include_usage,
         None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
         ask.continuous_usage,
+        service.settings.reasoning_fields,
     )
     answering = Answering(
         service,
@@ -56,11 +53,17 @@ async def planned(
     Raises:
         ApiError: 400, the request cannot be rendered; 429 or 503, there is no room.
     """
-    service.thread.check_room()  # before the work of tokenising
+    service.check_room()  # before the work of tokenising
     async with service.planning:
         tenant = request.scope["dsv4.tenant"]
-        plan = await asyncio.to_thread(loaded.planner.plan, ask, tenant, service.replay)
+        draft = await asyncio.to_thread(loaded.planner.draft, ask, tenant, service.replay)
+    if draft.needs_grammar:  # may take a while: others go on
+        loop = asyncio.get_running_loop()
+        plan = await loop.run_in_executor(service.finishing, loaded.planner.finished, draft)
+    else:
+        plan = loaded.planner.finished(draft)
     service.counters.restored(plan.restored)
+    service.log_prompt(request.scope["dsv4.request_id"], plan.prompt_ids)
     return plan
 
 

@@ -60,7 +60,7 @@ class Answer:
         choice = chunk["choices"][0]
         self.finish_reason = choice["finish_reason"] or self.finish_reason
         delta, news = choice["delta"], list[tuple[Kind, str]]()
-        if text := delta.get("reasoning_content"):
+        if text := delta.get("reasoning_content") or delta.get("reasoning"):
             self.reasoning += text
             news.append(("reasoning", text))
         if text := delta.get("content"):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4_jax.serving.errors import invalid, unsupported
-from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.fields import Fields, check_known
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
     read_choices,
@@ -22,6 +22,13 @@ MAX_PROMPTS = 64
 DEFAULT_TOKENS = 16  # as clients of this endpoint expect
 _ANY_ID = 2**31 - 1
 Prompt = str | tuple[int, ...]
+_KNOWN = {
+    *("prompt", "model", "suffix", "add_bos", "echo", "logprobs", "n", "best_of", "max_tokens"),
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed"),
+    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("user", "user_id", "metadata", "priority", "min_tokens", "ignore_eos", "stream"),
+    *("stream_options", "response_format", "tools", "store"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,11 @@ class CompletionRequest:
     continuous_usage: bool = False
 
 
-def read_completion_request(body: object) -> CompletionRequest:
+def read_completion_request(body: object, refuses_unknown: bool = False) -> CompletionRequest:
     """Reads the JSON body of a completion request.
+
+    Args:
+        refuses_unknown: fields that mean nothing here are an error.
 
     Raises:
         ApiError: 400, naming the field that is wrong or not supported.
@@ -61,6 +71,7 @@ def read_completion_request(body: object) -> CompletionRequest:
     for name in ("response_format", "tools"):
         if body.get(name):
             raise unsupported(name, "is not supported by this endpoint; leave it out")
+    check_known(body, _KNOWN, refuses_unknown)
     asked = fields.integer("max_tokens", 0, ANY_COUNT)
     max_tokens = DEFAULT_TOKENS if asked is None else asked
     return CompletionRequest(

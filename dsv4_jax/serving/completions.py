@@ -13,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dsv4_jax.serving.answers import Answering, Answers, Facts, MakeTurn
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.completion_schema import read_completion_request
 from dsv4_jax.serving.errors import ApiError
 from dsv4_jax.serving.events import Content, Event, Finish, Progress, merge, random_id
@@ -26,13 +25,10 @@ from dsv4_jax.serving.service import Loaded, Service
 
 async def completions(service: Service, request: Request) -> Response | ASGIApp:
     """Answers one completion request, whole or as a stream."""
-    settings = service.settings
     loaded = service.loaded()
-    ask = read_completion_request(
-        await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
-    )
+    ask = await service.read(request, read_completion_request)
     name = service.model_name(ask.model)
-    service.thread.check_room()
+    service.check_room()
     tenant = request.scope["dsv4.tenant"]
     async with service.planning:
         plans = [
@@ -44,6 +40,8 @@ async def completions(service: Service, request: Request) -> Response | ASGIApp:
     shown = ask.include_usage, token_bytes, ask.continuous_usage
     reply = CompletionReply(name, loaded.fingerprint, tokens, *shown)
     request_id = request.scope["dsv4.request_id"]
+    for plan in plans:
+        service.log_prompt(request_id, plan.prompt_ids)
     unique = f"{request_id}#{secrets.token_hex(3)}"  # clients may send the same id twice
     facts = Facts(request_id, request.url.path, plans[0].tenant, tokens, "raw")
     makers = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,52 +21,47 @@ BUILD = {name: version_of(name) for name in ("dsv4_jax", "jax", "jaxlib")}
 
 
 class Counters:
-    """Counters of one server; safe to use from several threads."""
+    """Counters of one server; safe to use from several threads.
 
-    def __init__(self, prefix: str = "dsv4:") -> None:
+    Args:
+        prefix: Stands in front of every name.
+        model_name: Label of every series, as is `engine`: the same as those of the engine.
+    """
+
+    def __init__(self, prefix: str = "dsv4:", model_name: str = "", engine: str = "0") -> None:
         self._registry = CollectorRegistry()
-        self._answers = self._counter(prefix, "answers", "Answers, by how they ended.", "reason")
-        self._guards = self._counter(
-            prefix, "guard_interventions", "Times a guard changed the course of an answer.", "guard"
-        )
-        self._repairs = self._counter(
-            prefix, "parser_recoveries", "Things the parser of completions put right.", "kind"
-        )
-        self._errors = self._counter(prefix, "request_errors", "Error replies, by code.", "code")
-        self._restored = Counter(
-            f"{prefix}reasoning_restored",
-            "Earlier answers put into prompts as the model said them, reasoning included.",
-            registry=self._registry,
-        )
-        self._empty = Counter(
-            f"{prefix}empty_completions",
-            "Answers that ended by themselves without text or a call.",
-            registry=self._registry,
-        )
-        self._choices = Histogram(
-            f"{prefix}request_params_n",
-            "Answers that requests ask for.",
-            buckets=(1, 2, 4, 8, 16),
-            registry=self._registry,
-        )
-        self._phase = Gauge(
-            f"{prefix}engine_phase",
-            "1 for what the server is doing.",
-            ("phase",),
-            registry=self._registry,
-        )
-        build = Gauge(f"{prefix}build_info", "Versions.", tuple(BUILD), registry=self._registry)
-        build.labels(**BUILD).set(1)
-        self._seconds = Histogram(
-            f"{prefix}http_request_duration_seconds",
-            "Time from request to end of reply.",
-            ("path", "status"),
-            buckets=HTTP_S,
-            registry=self._registry,
-        )
+        self._prefix = prefix
+        self._labels = {"model_name": model_name, "engine": engine}
+        make = self._make
+        self._answers = make(Counter, "answers", "Answers, by how they ended.", ("reason",))
+        text = "Times a guard changed the course of an answer."
+        self._guards = make(Counter, "guard_interventions", text, ("guard",))
+        text = "Things the parser of completions put right."
+        self._repairs = make(Counter, "parser_recoveries", text, ("kind",))
+        self._errors = make(Counter, "request_errors", "Error replies, by code.", ("code",))
+        text = "Earlier answers put into prompts as the model said them, reasoning included."
+        self._restored = make(Counter, "reasoning_restored", text)
+        self._reasoning = make(Counter, "reasoning_tokens", "Tokens of reasoning in answers.")
+        text = "Answers that ended by themselves without text or a call."
+        self._empty = make(Counter, "empty_completions", text)
+        text, sizes = "Answers that requests ask for.", (1, 2, 4, 8, 16)
+        self._choices = make(Histogram, "request_params_n", text, buckets=sizes)
+        self._phase = make(Gauge, "engine_phase", "1 for what the server is doing.", ("phase",))
+        build = make(Gauge, "build_info", "Versions.", tuple(BUILD))
+        self._labelled(build, **BUILD).set(1)
+        text, labels = "Time from request to end of reply.", ("path", "status")
+        name = "http_request_duration_seconds"
+        self._seconds = make(Histogram, name, text, labels, buckets=HTTP_S)
 
-    def _counter(self, prefix: str, name: str, text: str, label: str) -> Counter:
-        return Counter(prefix + name, text, (label,), registry=self._registry)
+    def _make(
+        self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **extra: Any
+    ) -> Any:
+        names = (*self._labels, *labels)
+        metric = kind(self._prefix + name, text, names, registry=self._registry, **extra)
+        return metric if labels else metric.labels(**self._labels)
+
+    def _labelled(self, metric: Any, **labels: str) -> Any:
+        return metric.labels(**self._labels, **labels)
 
     def request(
         self,
@@ -73,27 +69,30 @@ class Counters:
         repairs: Mapping[str, int],
         guards: Mapping[str, int],
         empty: int = 0,
+        reasoning: int = 0,
     ) -> None:
-        """Counts the answers of one request, and how many of them hold nothing."""
+        """Counts the answers of one request, how many hold nothing, and tokens of reasoning."""
+        self._reasoning.inc(reasoning)
         self._choices.observe(len(reasons))
         self._empty.inc(empty)
         for reason in reasons:
-            self._answers.labels(reason).inc()
-        for counter, counts in ((self._repairs, repairs), (self._guards, guards)):
-            for kind, count in counts.items():
-                counter.labels(kind).inc(count)
+            self._labelled(self._answers, reason=reason).inc()
+        for kind, count in repairs.items():
+            self._labelled(self._repairs, kind=kind).inc(count)
+        for guard, count in guards.items():
+            self._labelled(self._guards, guard=guard).inc(count)
 
     def error(self, code: str) -> None:
-        self._errors.labels(code).inc()
+        self._labelled(self._errors, code=code).inc()
 
     def restored(self, count: int) -> None:
         self._restored.inc(count)
 
     def http(self, path: str, status: int, seconds: float) -> None:
-        self._seconds.labels(path, str(status)).observe(seconds)
+        self._labelled(self._seconds, path=path, status=str(status)).observe(seconds)
 
     def text(self, phase: str) -> bytes:
         """The exposition of everything, while the server is in a phase."""
         self._phase.clear()
-        self._phase.labels(phase).set(1)
+        self._labelled(self._phase, phase=phase).set(1)
         return generate_latest(self._registry)

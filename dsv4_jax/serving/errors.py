@@ -13,6 +13,10 @@ TYPES = {
 }
 
 
+class ServerFailed(RuntimeError):
+    """The server cannot go on; whoever started it should start it again."""
+
+
 class ApiError(Exception):
     """A reply other than success.
 
@@ -73,8 +77,19 @@ def queue_full(retry_after_s: int) -> ApiError:
     return ApiError(429, "queue_full", message, headers=headers)
 
 
+def tenant_limit(retry_after_s: int) -> ApiError:
+    headers = {"retry-after": str(retry_after_s)}
+    message = f"Too many of your requests are waiting. Try again in {retry_after_s} s."
+    return ApiError(429, "tenant_limit", message, headers=headers)
+
+
+def wrong_key(message: str) -> ApiError:
+    return ApiError(401, "invalid_api_key", message)
+
+
 _PHASES = {
     "engine_unhealthy": "The engine has failed.",
+    "testing": "The server is trying its model.",
     "queue_timeout": "The request waited too long for its turn.",
 }
 
@@ -90,6 +105,12 @@ def internal(request_id: str) -> ApiError:
     """A bug of ours. Retrying the same request would meet it again."""
     message = f"The server failed on this request ({request_id}); its log says why."
     return ApiError(500, "internal_error", message, headers={"x-should-retry": "false"})
+
+
+def slow_reader() -> ApiError:
+    """The client left so much of its answer unread that the rest was given up."""
+    message = "The answer was read more slowly than it grew, and was given up."
+    return ApiError(499, "slow_reader", message, headers={"x-should-retry": "false"})
 
 
 def cancelled() -> ApiError:

@@ -1,5 +1,6 @@
 """Reading typed values out of a JSON object; null counts as absent."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -7,6 +8,22 @@ from typing import Any
 from dsv4_jax.serving.errors import invalid
 
 _NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+
+
+_log = logging.getLogger(__name__)
+
+
+def check_known(values: Mapping[str, Any], known: Collection[str], refuses: bool) -> None:
+    """Notes fields of a request that mean nothing here, or refuses them.
+
+    Raises:
+        ApiError: 400, there is one.
+    """
+    unknown = [name for name in values if name not in known]
+    if unknown and refuses:
+        raise invalid(ascii(unknown[0])[1:-1][:100], "is not a field of this request")
+    if unknown:
+        _log.debug("ignored unknown request fields: %.200s", ascii(unknown))
 
 
 class Fields:

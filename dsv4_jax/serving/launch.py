@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 
 from dsv4_jax.serving.api import create_app
+from dsv4_jax.serving.errors import ServerFailed
 from dsv4_jax.serving.http11 import STALL_TIMEOUT_S, Http11
 from dsv4_jax.serving.service import Service
 
@@ -78,7 +79,7 @@ def fingerprint(*parts: bytes) -> str:
     return f"fp_{digest.hexdigest()[:16]}"
 
 
-def how_to_use(url: str, needs_key: bool) -> str:
+def how_to_use(url: str, needs_key: bool, model: str) -> str:
     """Returns what the terminal shows once the server is ready."""
     key = " -H 'authorization: Bearer KEY'" if needs_key else ""
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200}
@@ -88,6 +89,12 @@ def how_to_use(url: str, needs_key: bool) -> str:
             f"API        {url}/v1",
             f"try        curl {url}/v1/chat/completions{key} \\",
             f"             -H 'content-type: application/json' -d '{json.dumps(body)}'",
+            "Python     from openai import OpenAI",
+            f'           client = OpenAI(base_url="{url}/v1", api_key="KEY")',
+            f"           messages = {json.dumps(body['messages'])}",
+            f"           chat = client.chat.completions.create(model={json.dumps(model)}, "
+            "messages=messages)",
+            "           print(chat.choices[0].message.content)",
         ]
     )
 
@@ -103,11 +110,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         is_first = self._drained_at is None and not self.should_exit
-        if sig == signal.SIGTERM and is_first and self._service.phase == "ready":
+        if sig == signal.SIGTERM and is_first and self._service.phase in ("ready", "draining"):
             self._drained_at = time.monotonic() + self._drain_timeout_s
-            self._service.phase = "draining"
-            self._service.thread.drain()
-            log.info("draining: %d to finish", self._service.thread.admitted)
+            log.info("draining: %d to finish", self._service.drain())
             return
         self._service.thread.stop()
         super().handle_exit(sig, frame)
@@ -115,6 +120,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._service.fatal is not None and not self.should_exit:
             self._service.thread.stop()
+            self.should_exit = True
+        if _failure(self._service) is not None:  # those who wait were told
             self.should_exit = True
         if self._drained_at is not None and not self.should_exit:
             left = self._service.thread.admitted
@@ -138,6 +145,7 @@ def serve(
     there is something to read is dropped.
 
     Raises:
+        ServerFailed: the engine stopped with an error.
         Exception: what `load` raised, or what the service calls fatal; the server is stopped then.
         KeyboardInterrupt: after a clean stop by Ctrl-C.
     """
@@ -173,6 +181,14 @@ def serve(
         raise service.fatal
     if failures:
         raise failures[0]
+    if (reason := _failure(service)) is not None:
+        raise ServerFailed(f"the engine stopped: {reason}") from reason
+
+
+def _failure(service: Service) -> BaseException | None:
+    """What stopped the engine, but for a lost process, of which the service is told apart."""
+    reason = service.loaded().model.failure if service.has_failed else None
+    return None if isinstance(reason, ConnectionError) else reason
 
 
 def _leave_at_once() -> None:

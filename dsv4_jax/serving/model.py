@@ -18,6 +18,10 @@ class Exposition(Protocol):
         """All of them in its text format."""
         ...
 
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Adds to one of the counters."""
+        ...
+
 
 class Token(NamedTuple):
     """A token with its natural log-probability and the most likely (id, log-probability) pairs.
@@ -85,6 +89,11 @@ class TokenModel(Protocol):
     failure: BaseException | None  # what stopped it for good
 
     @property
+    def busy_s(self) -> float:
+        """Seconds since it last showed that it works; 0 while it has nothing to do."""
+        ...
+
+    @property
     def metrics(self) -> Exposition:
         """Its counters and gauges."""
         ...
@@ -103,6 +112,7 @@ class TokenModel(Protocol):
         checkpoints: Sequence[int] = (),
         allowed: Allowed | None = None,
         priority: int = 0,
+        continues: bool = False,
     ) -> TokenStream:
         """Continues a prompt.
 
@@ -118,5 +128,10 @@ class TokenModel(Protocol):
             checkpoints: Positions of the prompt at which later ones are likely to leave it.
             allowed: Restricts what may be drawn, beside `guide`.
             priority: Within the tenant, larger ones go first.
+            continues: The answer has begun, so it is not refused for want of room.
         """
+        ...
+
+    def flush_cache(self) -> int:
+        """Forgets cached prompts that nobody uses; returns how many tokens that were."""
         ...

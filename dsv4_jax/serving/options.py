@@ -1,12 +1,30 @@
 """The settings of the server, as `settings.py` reads them."""
 
+from types import SimpleNamespace
+
 from dsv4_jax.serving.schema import EFFORTS
-from dsv4_jax.serving.settings import Option, integer, number, one_of, switch
+from dsv4_jax.serving.settings import Option, integer, metric_name, number, one_of, switch
 
 NUMERICS = ("reference", "plain")
 DTYPES = ("bfloat16", "float32")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
+REASONING_FIELDS = ("both", "reasoning_content", "reasoning")
+TOOL_GRAMMARS = ("off", "structure", "strict")
+TEXT_POLICIES = ("text", "control", "reject")
+
+
+WAITING_PER_SLOT, MAX_WAITING = 4, 256  # unless asked otherwise
+
+
+def most_waiting(args: SimpleNamespace) -> int:
+    """Requests that may wait for a slot."""
+    return args.max_waiting or min(WAITING_PER_SLOT * args.slots, MAX_WAITING)
+
+
+def reasoning_fields(args: SimpleNamespace) -> tuple[str, ...]:
+    """Names of reasoning in replies."""
+    return REASONING_FIELDS[1:] if args.reasoning_field == "both" else (args.reasoning_field,)
 
 
 def choices(names: tuple[str, ...]) -> str:
@@ -107,6 +125,76 @@ OPTIONS = (
         unset="pallas on TPU, reference elsewhere",
     ),
     Option("dry-run", "model", "show the plan, memory included, then stop", False, switch),
+    Option(
+        "compile-only",
+        "operation",
+        "load, compile into the cache of programs, then stop",
+        False,
+        switch,
+    ),
+    Option(
+        "health-timeout",
+        "operation",
+        "seconds without a step, though there is work, after which /health is 503",
+        60.0,
+        number(1),
+        "S",
+    ),
+    Option(
+        "metrics-prefix",
+        "operation",
+        "first part of the names at /metrics; vllm gives names that its dashboards know",
+        "dsv4",
+        metric_name,
+        "NAME",
+    ),
+    Option(
+        "log-prompts",
+        "operation",
+        "write the text of every prompt to the log; otherwise it is never there",
+        False,
+        switch,
+    ),
+    Option(
+        "max-waiting",
+        "queue",
+        "requests that may wait; more get 429",
+        read=integer(1),
+        metavar="N",
+        unset="4 for each slot, at most 256",
+    ),
+    Option(
+        "max-waiting-tokens",
+        "queue",
+        "prompt tokens that may wait; one request may always",
+        4_000_000,
+        integer(1),
+        "N",
+    ),
+    Option(
+        "tenant-running",
+        "queue",
+        "slots that one user's requests may have at a time; more of them wait",
+        read=integer(1),
+        metavar="N",
+        unset="all",
+    ),
+    Option(
+        "tenant-waiting",
+        "queue",
+        "requests of one user that may wait; more get 429",
+        read=integer(1),
+        metavar="N",
+        unset="all that may wait",
+    ),
+    Option(
+        "queue-timeout",
+        "queue",
+        "seconds a request may wait for its first slot",
+        600.0,
+        number(1),
+        "S",
+    ),
     Option("host", "HTTP", "address to listen on", "127.0.0.1", metavar="H"),
     Option("port", "HTTP", "0 takes any free one", 8000, integer(0, 65535), "P"),
     Option(
@@ -128,6 +216,16 @@ OPTIONS = (
         unset="none needed",
     ),
     Option(
+        "admin-key",
+        "HTTP",
+        "who drains the server or empties its cache needs one of these; repeatable",
+        default=(),
+        metavar="K",
+        is_repeatable=True,
+        is_secret=True,
+        unset="only from this machine, and not at all with --api-key",
+    ),
+    Option(
         "served-model-name",
         "HTTP",
         "name that clients use; repeatable",
@@ -135,6 +233,16 @@ OPTIONS = (
         metavar="NAME",
         is_repeatable=True,
         unset="the folder's name",
+    ),
+    Option("any-model", "HTTP", "answer whatever model a request names", False, switch),
+    Option("strict-fields", "HTTP", "refuse requests with unknown fields", False, switch),
+    Option(
+        "reasoning-field",
+        "HTTP",
+        "what reasoning is called in chat replies",
+        "both",
+        one_of(*REASONING_FIELDS),
+        choices(REASONING_FIELDS),
     ),
     Option(
         "default-effort",
@@ -152,6 +260,43 @@ OPTIONS = (
         switch,
     ),
     Option("loop-guard", "prompt", "close reasoning that goes in circles", False, switch),
+    Option(
+        "official-sampling",
+        "prompt",
+        "while thinking, ignore temperature, top_p, top_k and min_p, as the public API does",
+        False,
+        switch,
+    ),
+    Option(
+        "require-reasoning",
+        "prompt",
+        "refuse earlier tool calls that come without their reasoning, as the public API does",
+        False,
+        switch,
+    ),
+    Option(
+        "internal-roles",
+        "prompt",
+        "render developer as the published encoder does, admit latest_reminder",
+        False,
+        switch,
+    ),
+    Option(
+        "tool-grammar",
+        "prompt",
+        "what tool calls are held to once begun: names and types, or whole schemas where possible",
+        "structure",
+        one_of(*TOOL_GRAMMARS),
+        choices(TOOL_GRAMMARS),
+    ),
+    Option(
+        "special-tokens-in-text",
+        "prompt",
+        "what the spelling of a control token in a client's text is; control is for trusted text",
+        "text",
+        one_of(*TEXT_POLICIES),
+        choices(TEXT_POLICIES),
+    ),
     Option(
         "prompt-profile",
         "prompt",

@@ -27,11 +27,14 @@ from dsv4_jax.serving.masks import Masks
 from dsv4_jax.serving.model import Allowed
 from dsv4_jax.serving.parser import CompletionParser, ControlIds
 from dsv4_jax.serving.replay import Find, ReplayStore, spliced
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 MAX_ANSWER_TOKENS = 393_216
 TASK_TOKENS = 64  # of the answer to a quick instruction, unless asked otherwise
+RULES = Rules()
+_FIXED_WHILE_THINKING = ("temperature", "top_p", "top_k", "min_p")  # if sampling is official
 # Names of the public API that choose a mode; they answer beside the served names.
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
@@ -90,6 +93,27 @@ class PromptPlan:
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A rendered request; fields as in `PromptPlan`. `continues`: so does its last message."""
+
+    request: ChatRequest
+    prompt_ids: tuple[int, ...]
+    thinking: bool
+    effort: str | None
+    starts_in_reasoning: bool
+    tools: tuple[dict[str, Any], ...]
+    continues: bool
+    checkpoints: tuple[int, ...]
+    tenant: str
+    restored: int
+
+    @property
+    def needs_grammar(self) -> bool:
+        asked = self.request
+        return bool(self.tools or asked.reply_format) or asked.tool_choice.mode == "required"
+
+
 class Planner:
     """Makes plans for one model: its tokenizer, prompt profile and context limit in tokens."""
 
@@ -98,16 +122,13 @@ class Planner:
         tokenizer: Tokenizer,
         profile: Profile,
         max_len: int,
-        default_effort: str = "high",
-        loop_guard: bool = False,
-        frees_controls: bool = False,
+        rules: Rules = RULES,
     ) -> None:
         self.tokenizer = tokenizer
         self.profile: Profile = profile
         self.max_len = max_len
-        self.default_effort = default_effort
-        self.loop_guard = loop_guard
-        self._constrainer = Constrainer(GrammarCompiler(tokenizer))
+        self.rules = rules
+        self._constrainer = Constrainer(GrammarCompiler(tokenizer), mode=rules.tool_grammar)
         self._longest_token = max(
             len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)
         )
@@ -119,11 +140,21 @@ class Planner:
             eos=tokenizer.eos_id,
             all=tokenizer.control_ids,
         )
-        self.masks = Masks(self.controls, tokenizer.vocab_size, frees_controls)
+        self.masks = Masks(self.controls, tokenizer.vocab_size, rules.frees_controls)
+
+    def prepare(self) -> None:
+        """Does once what grammars need, so that no request waits for it."""
+        self._constrainer.prepare()
 
     def plan(
         self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
     ) -> PromptPlan:
+        """Does all there is to do: see `draft` and `finished`."""
+        return self.finished(self.draft(request, tenant, replay))
+
+    def draft(
+        self, request: ChatRequest, tenant: str = "", replay: ReplayStore | None = None
+    ) -> Draft:
         """Renders and tokenises; takes seconds for a very long prompt.
 
         Args:
@@ -139,22 +170,44 @@ class Planner:
         find = partial((replay or ReplayStore(0)).find, tenant)
         messages, segments = self._rendered(request, thinking, effort, find)
         self._refuse_hopeless(segments, request.max_tokens)
-        ids, restored = spliced(segments, messages, find, partial(self._encoded, "messages"))
+        ids, restored = spliced(segments, messages, find, partial(self.encoded, "messages"))
         prompt_ids = tuple(ids)
         tools = [tool for turn in messages for tool in turn.get("tools", ())]
         if request.task is not None:  # its answer is a few plain words
             self._check_task(request)
             tools = []
-        constraints = self._constraints(request, messages, tools)
+        return Draft(
+            request,
+            prompt_ids,
+            thinking,
+            effort,
+            starts_in_reasoning(segments),
+            tuple(tools),
+            bool(messages[-1].get("wo_eos")),
+            self._checkpoints(prompt_ids),
+            tenant,
+            restored,
+        )
+
+    def finished(self, draft: Draft) -> PromptPlan:
+        """Adds how to sample and which forms hold; grammars may take seconds.
+
+        Raises:
+            ApiError: 400, the answer does not fit, or a form cannot be followed.
+        """
+        request, tools = draft.request, draft.tools
+        constraints = self._constraints(draft)
         asked = request.max_tokens or (TASK_TOKENS if request.task is not None else None)
+        sampling = self._honoured(request, draft.thinking)
+        prompt = len(draft.prompt_ids)
         return PromptPlan(
-            prompt_ids=prompt_ids,
-            thinking=thinking,
-            effort=effort,
-            starts_in_reasoning=starts_in_reasoning(segments),
+            prompt_ids=draft.prompt_ids,
+            thinking=draft.thinking,
+            effort=draft.effort,
+            starts_in_reasoning=draft.starts_in_reasoning,
             has_tools=bool(tools),
             tool_names=frozenset(tool["function"]["name"] for tool in tools),
-            sampling=self.sampling(request.sampling, len(prompt_ids), asked, request.logprobs),
+            sampling=self.sampling(sampling, prompt, asked, request.logprobs),
             n=request.n,
             stop=request.stop,
             stop_ids=request.stop_ids,
@@ -162,14 +215,14 @@ class Planner:
             keep_stop=request.keep_stop,
             constraints=constraints,
             thinking_budget=request.thinking_budget,
-            loop_guard=self.loop_guard,
-            checkpoints=self._checkpoints(prompt_ids),
-            tenant=tenant,
+            loop_guard=self.rules.loop_guard,
+            checkpoints=draft.checkpoints,
+            tenant=draft.tenant,
             priority=-request.priority,
             min_tokens=request.min_tokens,
             allowed=self._allowed(request, bool(tools), constraints),
-            restored=restored,
-            warning=self._warning(effort),
+            restored=draft.restored,
+            warning=self._warning(draft.effort),
         )
 
     def _checkpoints(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -192,6 +245,12 @@ class Planner:
         for name, is_given in given.items():
             if is_given:
                 raise invalid(name, "cannot be combined with a task")
+
+    def _honoured(self, request: ChatRequest, thinking: bool) -> dict[str, Any]:
+        """The sampling fields of a request that count."""
+        if not (thinking and self.rules.official_sampling):
+            return request.sampling
+        return {k: v for k, v in request.sampling.items() if k not in _FIXED_WHILE_THINKING}
 
     def sampling(
         self, given: Mapping[str, Any], prompt: int, asked: int | None, logprobs: int | None
@@ -222,6 +281,8 @@ class Planner:
                 continue_final_message=request.continue_final_message,
                 task=request.task,
                 extracted_url=request.extracted_url,
+                internal_roles=self.rules.internal_roles,
+                require_reasoning=self.rules.requires_reasoning,
                 restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
             )
             segments = render_segments(
@@ -244,25 +305,29 @@ class Planner:
             ApiError: 400.
         """
         self._refuse_hopeless(segments, requested)
-        return tuple(self._encoded(param, segments))
+        return tuple(self.encoded(param, segments))
 
-    def _encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
+    def encoded(self, param: str, segments: Sequence[Segment]) -> list[int]:
+        """Tokenises segments; `param` names them in errors.
+
+        Raises:
+            ApiError: 400.
+        """
         try:
-            return self.tokenizer.encode_segments(segments)
+            return self.tokenizer.encode_segments(segments, self.rules.special_tokens_in_text)
         except TokenizerError as error:
             raise ApiError(400, "invalid_value", str(error), param) from None
 
-    def _constraints(
-        self, request: ChatRequest, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
-    ) -> Constraints:
+    def _constraints(self, draft: Draft) -> Constraints:
         """The tools are the request's own where it has some: those say which are strict."""
+        request = draft.request
         constraints = self._constrainer.constraints(
-            request.tools if tools and request.tools else tools,
+            request.tools if draft.tools and request.tools else draft.tools,
             request.tool_choice,
             request.parallel_calls,
             request.reply_format,
         )
-        if constraints.content is not None and messages[-1].get("wo_eos"):
+        if constraints.content is not None and draft.continues:
             param = "response_format" if request.reply_format else "tool_choice"
             raise invalid(param, "cannot be combined with a message that is continued")
         return constraints
@@ -295,13 +360,14 @@ class Planner:
             MODE_OF_NAME.get(request.model or ""),
             True if any(efforts) else None,
         )
-        default = self.default_effort != "none"
+        default = self.rules.default_effort != "none"
         return next((choice for choice in choices if choice is not None), default)
 
     def _effort(self, request: ChatRequest) -> str | None:
         asked = [e for e in (request.effort, request.template_effort) if e not in (None, "none")]
+        default = self.rules.default_effort
         try:
-            return resolve_effort(asked[0] if asked else None, self.profile, self.default_effort)
+            return resolve_effort(asked[0] if asked else None, self.profile, default)
         except EncodingError as error:
             raise ApiError(400, error.code, str(error), error.where) from None
 

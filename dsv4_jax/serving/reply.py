@@ -21,6 +21,7 @@ from dsv4_jax.serving.events import (
 from dsv4_jax.serving.logprobs import TokenBytes, chat_logprobs
 
 DONE = b"data: [DONE]\n\n"
+REASONING_FIELDS = ("reasoning_content", "reasoning")  # clients split over the name
 KEEP_ALIVE = b": keep-alive\n\n"
 # Some clients split lines at these too.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -36,7 +37,7 @@ def server_sent(data: object) -> bytes:
 class Reply:
     """What the parts of one answer have in common. `model` is the name the client used.
 
-    `token_bytes` is there when logprobs were asked for.
+    `token_bytes` is there when logprobs were asked for; `reasoning_fields` are names of reasoning.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Reply:
     include_usage: bool = False
     token_bytes: TokenBytes | None = None
     continuous_usage: bool = False
+    reasoning_fields: tuple[str, ...] = REASONING_FIELDS
     id: str = field(default_factory=lambda: random_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -53,7 +55,7 @@ class Reply:
         choices = [
             {
                 "index": index,
-                "message": message_of(events),
+                "message": message_of(events, self.reasoning_fields),
                 "logprobs": self._logprobs(events),
                 "finish_reason": finish.reason,
             }
@@ -70,7 +72,8 @@ class Reply:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
     def chunk(self, index: int, event: Event) -> dict[str, Any]:
-        return self._chunk(index, _delta(event), logprobs=self._logprobs([event]))
+        delta = _delta(event, self.reasoning_fields)
+        return self._chunk(index, delta, logprobs=self._logprobs([event]))
 
     def last_chunk(self, index: int, finish: Finish) -> dict[str, Any]:
         return self._chunk(index, {}, finish.reason)
@@ -132,10 +135,10 @@ def usage_of(prompt_tokens: int, finishes: Sequence[Finish | Progress]) -> dict[
     }
 
 
-def _delta(event: Event) -> dict[str, Any]:
+def _delta(event: Event, reasoning_fields: tuple[str, ...]) -> dict[str, Any]:
     match event:
-        case Reasoning(text):  # clients split over the name
-            return {"reasoning_content": text, "reasoning": text}
+        case Reasoning(text):
+            return dict.fromkeys(reasoning_fields, text)
         case Content(text):
             return {"content": text}
         case ToolStart(index, name, call_id):
@@ -148,7 +151,10 @@ def _call(name: str, call_id: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
-def message_of(events: Iterable[Event]) -> dict[str, Any]:
+def message_of(
+    events: Iterable[Event], reasoning_fields: tuple[str, ...] = REASONING_FIELDS
+) -> dict[str, Any]:
+    """Returns an answer as a chat message."""
     content: list[str] = []
     reasoning: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -170,7 +176,7 @@ def message_of(events: Iterable[Event]) -> dict[str, Any]:
     if calls:
         message |= {"content": message["content"] or None, "tool_calls": calls}
     if reasoning:
-        message["reasoning_content"] = message["reasoning"] = "".join(reasoning)
+        message |= dict.fromkeys(reasoning_fields, "".join(reasoning))
     return message
 
 

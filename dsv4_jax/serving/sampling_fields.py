@@ -6,7 +6,7 @@ from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.fields import Fields
 
 MAX_CHOICES = 16
-MAX_BIASED = 300  # as in dsv4_jax.sampling, which needs the device library
+MAX_BIASED = 1024  # as in dsv4_jax.sampling, which needs the device library
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000

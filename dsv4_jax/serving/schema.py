@@ -1,12 +1,11 @@
 """The fields of a chat request: checked, typed, and refused where we cannot honour them."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4_jax.encoding.constants import TASK_TOKENS
 from dsv4_jax.serving.errors import invalid, unsupported
-from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.fields import Fields, check_known
 from dsv4_jax.serving.message_fields import check_messages
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
@@ -30,7 +29,6 @@ from dsv4_jax.serving.tool_fields import (
 )
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
-_log = logging.getLogger(__name__)
 
 # Fields whose effect is not there yet, with the values that ask for nothing.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -97,8 +95,11 @@ class ChatRequest:
     continuous_usage: bool = False
 
 
-def read_chat_request(body: object) -> ChatRequest:
+def read_chat_request(body: object, refuses_unknown: bool = False) -> ChatRequest:
     """Reads the JSON body of a chat request.
+
+    Args:
+        refuses_unknown: fields that mean nothing here are an error.
 
     Raises:
         ApiError: 400, naming the field that is wrong or not supported.
@@ -107,6 +108,7 @@ def read_chat_request(body: object) -> ChatRequest:
         raise invalid(None, "The request body must be a JSON object.", "invalid_json")
     fields = Fields(body)
     _refuse_unsupported(fields)
+    check_known(body, _KNOWN, refuses_unknown)
     if "messages" not in body:
         raise invalid("messages", "is required")
     messages = fields.array("messages", ANY_COUNT) or []
@@ -152,9 +154,6 @@ def _refuse_unsupported(fields: Fields) -> None:
         value = fields.values.get(name)
         if value is not None and value not in harmless:
             raise unsupported(name, "is not supported by this server; leave it out")
-    unknown = [name for name in fields.values if name not in _KNOWN]
-    if unknown:
-        _log.debug("ignored unknown request fields: %.200s", ascii(unknown))
 
 
 def _thinking(fields: Fields) -> tuple[bool | None, int | None]:

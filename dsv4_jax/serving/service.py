@@ -3,24 +3,30 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
+from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.counters import Counters
-from dsv4_jax.serving.errors import ApiError, not_ready
+from dsv4_jax.serving.errors import ApiError, not_ready, wrong_key
 from dsv4_jax.serving.events import Event, Finish, Progress
 from dsv4_jax.serving.model import TokenModel
 from dsv4_jax.serving.plan import MODE_OF_NAME, Planner
 from dsv4_jax.serving.replay import ReplayStore
+from dsv4_jax.serving.reply import REASONING_FIELDS
 from dsv4_jax.serving.worker import ModelThread
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 PARALLEL_PLANS = 2  # requests that are tokenised at the same time
+FINISHING = 8  # requests that wait for their grammars at the same time; more wait for these
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,21 @@ class Settings:
     `parallel` answers are followed at a time, those included that wait inside the model;
     `max_waiting` more requests may wait before it. Of answers that
     called tools, `replay_tokens` tokens are remembered to restore them in later prompts; 0: none.
+    `admin_keys` open the paths below /admin; without any, see `admin.check_admin`. A model that has
+    work and shows no sign of life for `health_timeout_s` counts as dead. `reasoning_fields` are the
+    names of reasoning in chat replies.
     """
 
     names: tuple[str, ...]
     notice: str | None = None
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    answers_any_name: bool = False
+    refuses_unknown_fields: bool = False
+    reasoning_fields: tuple[str, ...] = REASONING_FIELDS
+    metrics_prefix: str = "dsv4:"
+    health_timeout_s: float = 60.0
+    logs_prompts: bool = False
     max_waiting: int = 4
     parallel: int = 1
     max_body_bytes: int = 64 << 20
@@ -72,7 +88,8 @@ class Service:
             settings.max_waiting, workers=settings.parallel
         )
         self.planning = asyncio.Semaphore(PARALLEL_PLANS)
-        self.counters = Counters()
+        self.finishing = ThreadPoolExecutor(FINISHING, thread_name_prefix="finish")
+        self.counters = Counters(settings.metrics_prefix, settings.names[0])
         self.fatal: Exception | None = None  # ends the server
         self.on_fatal: Callable[[Exception], object] = lambda reason: None
         self.replay = ReplayStore(settings.replay_tokens)
@@ -94,6 +111,18 @@ class Service:
     def has_failed(self) -> bool:
         """Whether the model's engine stopped with an error."""
         return self._loaded is not None and self._loaded.model.failure is not None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the model has work and has not shown for too long that it goes on."""
+        busy_s = 0.0 if self._loaded is None else self._loaded.model.busy_s
+        return busy_s > self.settings.health_timeout_s
+
+    def drain(self) -> int:
+        """Refuses new requests from now on; returns how many answers are still to finish."""
+        self.phase = "draining"
+        self.thread.drain()
+        return self.thread.admitted
 
     @property
     def is_open(self) -> bool:
@@ -130,6 +159,37 @@ class Service:
             raise not_ready(self.phase)
         return self._loaded
 
+    async def read(self, request: Request, read: Callable[[Any, bool], T]) -> T:
+        """Returns what `read` makes of a request's body; it also gets whether unknown fields count.
+
+        Raises:
+            ApiError: 4xx, something is wrong with it.
+        """
+        settings = self.settings
+        limits = settings.max_body_bytes, settings.body_timeout_s
+        return await read_json(
+            request, *limits, lambda body: read(body, settings.refuses_unknown_fields)
+        )
+
+    def check_room(self) -> None:
+        """Does nothing if a request would be taken now.
+
+        Raises:
+            ApiError: 429, too many wait; 503, the server is shutting down.
+        """
+        try:
+            self.thread.check_room()
+        except ApiError as error:
+            if self._loaded is not None:
+                self._loaded.model.metrics.count("admission_rejections", reason=error.code)
+            raise
+
+    def log_prompt(self, request_id: str, prompt_ids: Sequence[int]) -> None:
+        """Writes a prompt to the log, if whoever runs the server wants that."""
+        if self.settings.logs_prompts:
+            text = self.loaded().planner.tokenizer.decode(prompt_ids)
+            _log.info("id=%s prompt_text=%s", request_id, json.dumps(text, ensure_ascii=False))
+
     def warn_once(self, warning: str) -> None:
         if warning not in self._warned:
             self._warned.add(warning)
@@ -144,6 +204,8 @@ class Service:
         names = self.settings.names
         if asked is None:
             return names[0]
+        if self.settings.answers_any_name:
+            return asked
         if asked not in names and asked not in MODE_OF_NAME:
             problem = f"The model {asked[:100]!r} is not served here; this server has: "
             raise ApiError(404, "model_not_found", problem + ", ".join(names), "model")
@@ -158,11 +220,18 @@ class Service:
         Raises:
             ApiError: 401.
         """
-        keys = self.settings.api_keys
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
-        matches = [hmac.compare_digest((given or "").encode(), key.encode()) for key in keys]
-        if keys and not any(matches):
-            problem = "Send a valid API key as 'Authorization: Bearer KEY'."
-            raise ApiError(401, "invalid_api_key", problem)
-        return hashlib.sha256((given or "").encode()).hexdigest()[:16] if keys else ""
+        keys, given = self.settings.api_keys, key_of(request)
+        if keys and not is_one_of(given, keys):
+            raise wrong_key("Send a valid API key as 'Authorization: Bearer KEY'.")
+        return hashlib.sha256(given.encode()).hexdigest()[:16] if keys else ""
+
+
+def key_of(request: Request) -> str:
+    """Returns the key a request carries, "" if none."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
+def is_one_of(given: str, keys: Iterable[str]) -> bool:
+    """Whether `given` is one of the keys; takes as long whichever it is."""
+    return any([hmac.compare_digest(given.encode(), key.encode()) for key in keys])

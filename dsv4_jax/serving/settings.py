@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,13 @@ def number(least: float) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def metric_name(text: str) -> str:
+    """Reads a name that can begin those of metrics."""
+    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", text):
+        raise ValueError("must be letters, digits and underscores, no digit first")
+    return text
 
 
 def one_of(*choices: str) -> Callable[[str], str]:

@@ -4,7 +4,7 @@ import atexit
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.compile_cache import use_compile_cache
 from dsv4_jax.serving.counters import BUILD
 from dsv4_jax.serving.engine import mirror
@@ -24,16 +25,21 @@ from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Programs, Sizes
 from dsv4_jax.serving.engine.loop import DiskCache, Engine
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
+from dsv4_jax.serving.engine.stream import EngineError
+from dsv4_jax.serving.engine.waiting import QueueLimits
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
 from dsv4_jax.serving.mesh import shards_for
+from dsv4_jax.serving.options import most_waiting
 from dsv4_jax.serving.plan import Planner
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.service import Service
 from dsv4_jax.tokenizer import Tokenizer
 from sharding.mesh import shape_of
 from sharding.shards import Shards
 
 DEFAULT_MAX_LEN = 131_072
+TESTED_TOKENS = 4  # that the model must say before requests are let in
 GIB = 1 << 30
 say = partial(print, flush=True)
 
@@ -70,6 +76,7 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
     scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
+    scheduling = replace(scheduling, queue=queue_limits(args))
     shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
@@ -82,6 +89,18 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
     return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
+
+
+def queue_limits(args: SimpleNamespace) -> QueueLimits:
+    """What the settings say of the queue; the engine also queues what is about to start."""
+    most = args.slots + most_waiting(args)
+    return QueueLimits(
+        requests=most,
+        tokens=args.max_waiting_tokens,
+        tenant_requests=args.tenant_waiting or most,
+        tenant_slots=args.tenant_running or args.slots,
+        timeout_s=args.queue_timeout,
+    )
 
 
 def start(
@@ -97,7 +116,12 @@ def start(
 
     `load(folder, progress=…, shards=…)` gives configuration and parameters; `progress` takes parts
     done and parts in all. `line`: to the other processes of the job.
+
+    Raises:
+        ValueError: settings that contradict each other.
     """
+    if args.compile_only and args.compile_cache == "off":
+        raise ValueError("--compile-only keeps nothing with --compile-cache off")
     begin = time.monotonic()
     cfg, params = _loaded(args, folder, plan, load, service)
     how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels} {_where(plan)}"
@@ -113,6 +137,7 @@ def start(
         host_cache_bytes=int(args.host_cache_gib * GIB),
         step_timeout_s=args.step_timeout,
         model_name=plan.name,
+        metrics_prefix=f"{args.metrics_prefix}:",
         shards=plan.shards,
         channel=line,
         disk_cache=None if folder_of is None else DiskCache(folder_of, disk_bytes),
@@ -125,19 +150,42 @@ def start(
     say("compiling …")
     service.phase = "compiling"
     engine.warm_up()
+    if args.compile_only:
+        engine.stop()
+        return say(f"compiled after {time.monotonic() - begin:.0f} s")
     engine.start()
     atexit.register(engine.stop)
-    planner = Planner(
-        plan.tokenizer,
-        plan.profile,
-        plan.max_len,
-        args.default_effort,
-        args.loop_guard,
-        args.free_controls,
+    rules = Rules(
+        default_effort=args.default_effort,
+        loop_guard=args.loop_guard,
+        frees_controls=args.free_controls,
+        official_sampling=args.official_sampling,
+        requires_reasoning=args.require_reasoning,
+        internal_roles=args.internal_roles,
+        tool_grammar=args.tool_grammar,
+        special_tokens_in_text=args.special_tokens_in_text,
     )
-    service.ready(planner, engine, name)
+    planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
+    planner.prepare()
+    service.phase = "testing"
+    self_test(engine, plan.tokenizer.bos_id)
+    service.ready(planner, engine, fingerprint(name.encode(), repr(rules).encode()))
     say(f"ready after {time.monotonic() - begin:.0f} s\n")
-    say(how_to_use(url, bool(args.api_key)))
+    say(how_to_use(url, bool(args.api_key), service.settings.names[0]))
+
+
+def self_test(engine: Engine, first: int) -> None:
+    """Lets the model say a few tokens behind token `first`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    greedy = SamplingParams(TESTED_TOKENS, temperature=0.0)
+    try:
+        for _ in engine.stream([first], greedy, frozenset()):
+            pass
+    except EngineError as error:
+        raise ValueError(f"the model fails its first test: {error.__cause__ or error}") from error
 
 
 def follow(

@@ -71,10 +71,13 @@ class EventStream(Generic[T]):
     beat_s: float
     headers: dict[str, str] = field(default_factory=dict)
     was_left: bool = field(default=False, init=False)  # the client did not wait for the end
+    error: ApiError | None = field(default=None, init=False)  # that ended it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self.was_left = await unless_disconnected(receive, self._send_all(send)) is None
+            if self.error is not None:
+                scope["dsv4.error"] = self.error.code  # to be counted
         finally:
             self.job.cancel()
 
@@ -109,12 +112,14 @@ class EventStream(Generic[T]):
                 await send_bytes(self.encoder.encode(items))
                 following = asyncio.ensure_future(self.job.next())
         except ApiError as error:
-            await send_bytes(self.encoder.error(error))
+            self.error = error
         except Exception:
             _log.exception("request %s failed", self.request_id)
-            await send_bytes(self.encoder.error(internal(self.request_id)))
+            self.error = internal(self.request_id)
         finally:
             following.cancel()
+        if self.error is not None:
+            await send_bytes(self.encoder.error(self.error))
         await send_bytes(self.encoder.done, is_last=True)
 
     async def _wait(

@@ -7,14 +7,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dsv4_jax.encoding import render_raw
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.chat import planned
 from dsv4_jax.serving.completion_schema import read_token_ids
-from dsv4_jax.serving.errors import ApiError, invalid
+from dsv4_jax.serving.errors import invalid
 from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.schema import read_chat_request
 from dsv4_jax.serving.service import Service
-from dsv4_jax.tokenizer import Tokenizer, TokenizerError
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -24,11 +23,12 @@ async def tokenize(service: Service, request: Request) -> Response:
     service.model_name(Fields(body).text("model"))
     tokenizer = loaded.planner.tokenizer
     if "messages" in body:
-        plan = await planned(service, loaded, request, read_chat_request(body))
+        ask = await asyncio.to_thread(read_chat_request, body)
+        plan = await planned(service, loaded, request, ask)
         ids = list(plan.prompt_ids)
     else:
         async with service.planning:
-            ids = await asyncio.to_thread(_text_ids, tokenizer, Fields(body))
+            ids = await asyncio.to_thread(_text_ids, loaded.planner, Fields(body))
     reply: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": loaded.planner.max_len,
@@ -44,16 +44,20 @@ async def detokenize(service: Service, request: Request) -> Response:
     tokenizer = service.loaded().planner.tokenizer
     body = await _object(service, request)
     service.model_name(Fields(body).text("model"))
-    ids = read_token_ids(body.get("tokens"), "tokens")
-    if any(token >= tokenizer.vocab_size for token in ids):
-        raise invalid("tokens", "holds ids that are not tokens of this model")
-    return JSONResponse({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
+
+    def text() -> str:
+        ids = read_token_ids(body.get("tokens"), "tokens")
+        if any(token >= tokenizer.vocab_size for token in ids):
+            raise invalid("tokens", "holds ids that are not tokens of this model")
+        return tokenizer.decode(ids)
+
+    return JSONResponse({"prompt": await asyncio.to_thread(text)})
 
 
 async def render(service: Service, request: Request) -> Response:
     """What a chat request becomes: prompt, ids, and what was decided about it."""
     loaded = service.loaded()
-    ask = read_chat_request(await _object(service, request))
+    ask = await service.read(request, read_chat_request)
     service.model_name(ask.model)
     plan = await planned(service, loaded, request, ask)
     facts = {
@@ -78,19 +82,18 @@ async def render(service: Service, request: Request) -> Response:
 
 
 async def _object(service: Service, request: Request) -> dict[str, Any]:
-    settings = service.settings
-    body = await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
+    return await service.read(request, lambda body, _: _checked(body))
+
+
+def _checked(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise invalid(None, "The request body must be a JSON object.", "invalid_json")
     return body
 
 
-def _text_ids(tokenizer: Tokenizer, fields: Fields) -> list[int]:
+def _text_ids(planner: Planner, fields: Fields) -> list[int]:
     text = fields.text("prompt")
     if text is None:
         raise invalid("prompt", "is required, or messages")
     add_bos = any([fields.boolean(name) for name in ("add_special_tokens", "add_bos")])
-    try:
-        return tokenizer.encode_segments(render_raw(text, add_bos))
-    except TokenizerError as error:
-        raise ApiError(400, "invalid_value", str(error), "prompt") from None
+    return planner.encoded("prompt", render_raw(text, add_bos))

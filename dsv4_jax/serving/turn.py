@@ -224,6 +224,7 @@ class Turn:
                 checkpoints=plan.checkpoints,
                 allowed=self._allowed(done),
                 priority=plan.priority,
+                continues=done > 0,
             ),
         )
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
@@ -168,6 +169,8 @@ class FakeModel:
         self.started = threading.Event()
         self.closed = threading.Event()
         self.fails_after: int | None = None
+        self.busy_s = 0.0
+        self.flushed = 0
         self._lock = threading.Lock()
 
     def stream(
@@ -184,6 +187,7 @@ class FakeModel:
         checkpoints: Sequence[int] = (),
         allowed: Allowed | None = None,
         priority: int = 0,
+        continues: bool = False,
     ) -> FakeStream:
         given = {k: v for k, v in locals().items() if k != "self"}
         given["prompt_ids"] = list(prompt_ids)
@@ -193,6 +197,10 @@ class FakeModel:
             stream = FakeStream(self, self._tokens(list(prompt_ids)), given)
             self.streams.append(stream)
         return stream
+
+    def flush_cache(self) -> int:
+        self.flushed += 1
+        return 128
 
     def _tokens(self, prompt: list[int]) -> list[int]:
         """What it wants to say: the rest of what it has begun, if that is in the prompt."""
@@ -204,6 +212,13 @@ class FakeModel:
                     return stream.tokens[len(begun) :]
         says = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         return ids(says if isinstance(says, str) else says(prompt))
+
+
+def counted(exposition: str, name: str, **labels: str) -> float:
+    """The sum of the samples of a name whose labels include these."""
+    families = text_string_to_metric_families(exposition)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
 
 
 def answer(content: str, reasoning: str = "hm") -> str:

@@ -1,6 +1,7 @@
 """When the client leaves, the model stops; when the server stops, clients are told."""
 
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.worker import Job
-from tests.serving.fakes import PATIENCE_S, FakeModel, answer, make_service
+from tests.serving.fakes import PATIENCE_S, FakeModel, answer, ids, make_service
+from tests.serving.killed import kill_client
 from tests.serving.live import serving
 
 ASK = {"messages": [{"role": "user", "content": "q"}]}
@@ -84,6 +87,8 @@ def test_leaving_the_queue(stream):
                 assert full.status_code == 429
                 assert int(full.headers["retry-after"]) > 0
                 assert full.json()["error"]["type"] == "rate_limit_error"
+                counted = httpx.get(f"{address}/metrics").text
+                assert re.search(r'admission_rejections_total\{.*"queue_full"\} 1', counted)
             wait_for(lambda: service.thread.admitted == 1)
             assert httpx.get(f"{address}/health").status_code == 200
         while not model.closed.is_set():
@@ -111,3 +116,25 @@ def test_stopping_the_server_ends_running_streams():
         assert b'"code":"draining"' in text
         refused = httpx.post(f"{address}/v1/chat/completions", json=ASK)
         assert refused.status_code == 503
+
+
+def test_a_client_that_is_killed_in_the_middle_of_a_call(caplog):
+    caplog.set_level(logging.INFO)
+    call = f'\n\n<{C.DSML}tool_calls>\n<{C.DSML}invoke name="f">\n'
+    call += f'<{C.DSML}parameter name="a" string="true">' + "x" * 500
+    gate = threading.Semaphore(0)
+    model = FakeModel(call, gate=gate)
+    service = make_service(model)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = ASK | {"stream": True, "tools": tools, "thinking": {"type": "disabled"}}
+    begun = len(ids(call)) - 400
+    gate.release(begun)
+    with serving(service) as address:
+        kill_client(address, body, until="xxx")
+        assert model.closed.wait(PATIENCE_S)
+        wait_for(lambda: service.thread.admitted == 0)
+        wait_for(lambda: "aborted_by=client" in caplog.text)
+        assert model.streamed <= begun
+        model.gate = None
+        model.says = [answer("fine")]
+        assert httpx.post(f"{address}/v1/chat/completions", json=ASK).status_code == 200

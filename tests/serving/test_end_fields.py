@@ -10,6 +10,7 @@ from dsv4_jax.serving.completion_schema import read_completion_request
 from dsv4_jax.serving.errors import ApiError
 from dsv4_jax.serving.masks import words_of
 from dsv4_jax.serving.plan import Planner
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import read_chat_request
 from tests.serving.fakes import (
     MODEL,
@@ -34,7 +35,7 @@ def ids_in(words: np.ndarray) -> set[int]:
 
 
 def planned(free: bool = False, **fields):
-    planner = Planner(tokenizer(), "official", 4096, frees_controls=free)
+    planner = Planner(tokenizer(), "official", 4096, Rules(frees_controls=free))
     return planner.plan(read_chat_request({"messages": MESSAGES} | fields)), planner
 
 

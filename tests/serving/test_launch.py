@@ -8,6 +8,7 @@ import threading
 import httpx
 import pytest
 
+from dsv4_jax.serving.errors import ServerFailed
 from dsv4_jax.serving.launch import fingerprint, how_to_use, listen, serve, url_of
 from dsv4_jax.serving.service import Service, Settings
 from tests.serving.fakes import MODEL, PATIENCE_S, FakeModel, answer, chat_answer, make_service
@@ -46,9 +47,40 @@ def test_fingerprints_tell_parts_apart():
 
 
 def test_the_printed_command_can_be_pasted():
-    text = how_to_use("http://127.0.0.1:1", needs_key=True)
+    text = how_to_use("http://127.0.0.1:1", True, "mine")
     assert "curl http://127.0.0.1:1/v1/chat/completions -H 'authorization: Bearer KEY'" in text
-    assert "authorization" not in how_to_use("http://127.0.0.1:1", needs_key=False)
+    assert "authorization" not in how_to_use("http://127.0.0.1:1", False, "mine")
+    program = [line[11:] for line in text.partition("Python ")[2].splitlines()]
+    compile("\n".join(["from openai import OpenAI", *program[1:]]), "shown", "exec")
+    assert 'model="mine"' in text
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_failed_engine_ends_the_server(is_streamed):
+    service = Service(Settings((MODEL,)))
+    gate = threading.Semaphore(0)
+    model = FakeModel(answer("hi"), gate=gate)
+    loaded = make_service(model).loaded()
+    listener = listen("127.0.0.1", 0)
+    path, seen = f"{url_of(listener)}/v1/chat/completions", []
+
+    def ask() -> None:
+        seen.append(httpx.post(path, json=ASK | {"stream": is_streamed}, timeout=PATIENCE_S).text)
+
+    client = threading.Thread(target=ask)
+
+    def load() -> None:
+        service.ready(loaded.planner, loaded.model, loaded.fingerprint)
+        client.start()
+        assert model.started.wait(PATIENCE_S)
+        model.fails_after = 0
+        model.failure = RuntimeError("out of memory")
+        gate.release(100)
+
+    with pytest.raises(ServerFailed, match="the engine stopped: out of memory"):
+        serve(service, listener, load)
+    client.join(PATIENCE_S)
+    assert "engine_unhealthy" in seen[0]
 
 
 def test_a_failing_load_stops_the_server():

@@ -104,7 +104,8 @@ def fuzz(address: str, path: str, mode: GenerationMode, count: int) -> set[int]:
 
 
 PATHS = sorted({path for _, path in described()} - {"/chat/completions", "/completions"})
-BODIES = [path for path in PATHS if not path.startswith(("/beta", "/anthropic"))]
+# Draining would end the server of the other tests; it takes nothing that could be wrong.
+BODIES = [path for path in PATHS if not path.startswith(("/beta", "/anthropic", "/admin/drain"))]
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -169,7 +170,7 @@ def test_a_few_requests(address, path, mode):
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
 def test_many_requests(address, path, mode):
-    has_body = ("POST", path) in set(described()) and "{" not in path
+    has_body = "requestBody" in document("", False)["paths"][path].get("post", {})
     if mode is GenerationMode.NEGATIVE and not has_body:
         pytest.skip("nothing can be wrong with it")
     wanted = {200 if mode is GenerationMode.POSITIVE else 400} if has_body else set()

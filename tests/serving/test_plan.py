@@ -5,6 +5,7 @@ import pytest
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.errors import ApiError
 from dsv4_jax.serving.plan import MAX_ANSWER_TOKENS, TASK_TOKENS, Planner
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import read_chat_request
 from tests.serving.fakes import MAX_LEN, prompt_text, tokenizer
 
@@ -20,7 +21,7 @@ ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 
 def plan(profile="official", default_effort="high", max_len=MAX_LEN, **fields):
     body = {"messages": [USER], **fields}
-    planner = Planner(tokenizer(), profile, max_len, default_effort)
+    planner = Planner(tokenizer(), profile, max_len, Rules(default_effort))
     return planner.plan(read_chat_request(body))
 
 

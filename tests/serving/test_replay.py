@@ -11,7 +11,7 @@ from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.api import create_app
 from dsv4_jax.serving.replay import ReplayStore, Said
 from tests.serving.completions import block, invoke, json_parameter, text_parameter
-from tests.serving.fakes import FakeModel, answer, chat_answer, ids, make_service
+from tests.serving.fakes import FakeModel, answer, chat_answer, counted, ids, make_service
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 USER = {"role": "user", "content": "q"}
@@ -59,7 +59,7 @@ def test_an_answer_comes_back_to_the_token():
     talk = Talk()
     assert talk.is_spliced(talk.second_prompt(talk.message))
     text = talk.client.get("/metrics").text
-    assert "dsv4:reasoning_restored_total 1.0" in text
+    assert counted(text, "dsv4:reasoning_restored_total") == 1
 
 
 def test_dropped_reasoning_is_restored():

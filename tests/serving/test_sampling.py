@@ -56,6 +56,28 @@ def test_bias_and_masks_move_the_best_token():
     assert run([x_V], [SamplingParams(1, seed=3)], words)[0] in (order[5], order[9])
 
 
+def test_as_many_biased_ids_as_allowed_and_a_neighbour_without():
+    size = MAX_BIASED + 100
+    x_BV = np.random.default_rng(0).normal(0, 2, (2, size)).astype(np.float32)
+    best = np.argsort(-x_BV[0])
+    down = greedy(logit_bias=tuple((int(token), -100.0) for token in best[:MAX_BIASED]))
+    plain = greedy()
+    knobs = knobs_of([(down, down.key_words()), (plain, plain.key_words())], 2)
+    words = np.full((2, mask_words(size)), EVERYTHING, np.uint32)
+    uses = np.zeros((2, size), np.int32)
+    drawn = sample_jit(x_BV, jnp.full(2, POSITION), knobs, words, uses, jnp.arange(2))
+    assert drawn.tolist() == [best[MAX_BIASED], np.argmax(x_BV[1])]
+
+
+def test_batches_without_bias_share_their_arrays():
+    plain, biased = greedy(), greedy(logit_bias=((3, 1.0),))
+    first, second = (knobs_of([(plain, plain.key_words())], 2) for _ in range(2))
+    assert first.bias_BJ is second.bias_BJ and first.bias_ids_BJ is second.bias_ids_BJ
+    assert not first.bias_BJ.flags.writeable
+    third = knobs_of([(biased, biased.key_words())], 2)
+    assert third.bias_BJ[0, 0] == 1 and not first.bias_BJ.any()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -166,7 +188,7 @@ def test_keys_are_a_matter_of_the_seed():
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"logprobs": 21}, "logprobs=21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
-        ({"logit_bias": tuple((i, 1.0) for i in range(MAX_BIASED + 1))}, "301 ids"),
+        ({"logit_bias": tuple((i, 1.0) for i in range(MAX_BIASED + 1))}, "1025 ids"),
         ({"logit_bias": ((1, 1.0), (1, 2.0))}, "twice"),
         ({"logit_bias": ((1, float("inf")),)}, "must be finite"),
         ({"logit_bias": ((-1, 1.0),)}, "not negative"),

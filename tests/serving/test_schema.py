@@ -76,7 +76,7 @@ WRONG = [
     ({"logit_bias": {"1": 101}}, "logit_bias.1"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
-    ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "logit_bias"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
     ({"stop_token_ids": ["1"]}, "stop_token_ids"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"response_format": {}}, "response_format.type"),
@@ -158,6 +158,9 @@ def test_what_is_understood():
         **{"repetition_penalty": 1.5, "logit_bias": ((7, -100.0), (8, 3.0))},
     }
     assert read(logprobs=True).logprobs == 0
+    assert (
+        len(read(logit_bias=dict.fromkeys(map(str, range(1024)), 1)).sampling["logit_bias"]) == 1024
+    )
     assert read(user="a", user_id="b").user == "b"
 
 

@@ -10,7 +10,16 @@ from starlette.testclient import TestClient
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.api import create_app
-from tests.serving.fakes import MAX_LEN, PATIENCE_S, FakeModel, answer, ids, make_service
+from tests.serving.fakes import (
+    MAX_LEN,
+    MODEL,
+    PATIENCE_S,
+    FakeModel,
+    answer,
+    counted,
+    ids,
+    make_service,
+)
 from tests.serving.live import serving
 from tests.serving.test_disconnect import wait_for
 
@@ -178,11 +187,13 @@ def test_what_is_counted(client):
     client.post("/v1/chat/completions", json=ASK)
     client.post("/v1/chat/completions", json={})
     text = client.get("/metrics").text
-    assert 'dsv4:answers_total{reason="stop"} 1.0' in text
-    assert 'dsv4:request_errors_total{code="invalid_value"} 1.0' in text
-    path = 'path="/v1/chat/completions"'
-    assert f'dsv4:http_request_duration_seconds_count{{{path},status="200"}} 1.0' in text
-    assert f'dsv4:http_request_duration_seconds_count{{{path},status="400"}} 1.0' in text
+    whose = {"model_name": MODEL, "engine": "0"}
+    assert counted(text, "dsv4:answers_total", reason="stop", **whose) == 1
+    assert counted(text, "dsv4:request_errors_total", code="invalid_value", **whose) == 1
+    for status in ("200", "400"):
+        where = {"path": "/v1/chat/completions", "status": status, **whose}
+        assert counted(text, "dsv4:http_request_duration_seconds_count", **where) == 1
+    assert counted(text, "dsv4:reasoning_tokens_total", **whose) == len("hm") + 1
 
 
 def test_paths_nobody_serves_share_a_number(client):
@@ -198,5 +209,5 @@ def test_guards_are_counted(client):
     with TestClient(create_app(service)) as client:
         client.post("/v1/chat/completions", json=ASK)
         text = client.get("/metrics").text
-    assert 'dsv4:guard_interventions_total{guard="closed_reasoning"} 1.0' in text
+    assert counted(text, "dsv4:guard_interventions_total", guard="closed_reasoning") == 1
     assert json.loads(client.get("/openapi.json").text)["openapi"].startswith("3.")

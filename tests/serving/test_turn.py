@@ -5,6 +5,7 @@ import pytest
 from dsv4_jax.serving.events import Finish, Reasoning, ToolStart
 from dsv4_jax.serving.leader import Cancelled
 from dsv4_jax.serving.plan import Planner
+from dsv4_jax.serving.rules import Rules
 from dsv4_jax.serving.schema import read_chat_request
 from dsv4_jax.serving.turn import MAX_STRAY_MARKERS, Turn
 from tests.serving.completions import Parsed, block, invoke, text_parameter
@@ -15,7 +16,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 def take(model: FakeModel, loop_guard=False, **fields) -> tuple[Parsed, Finish, Turn]:
     body = {"messages": [{"role": "user", "content": "q"}], **fields}
-    planner = Planner(tokenizer(), "official", model.max_len, loop_guard=loop_guard)
+    planner = Planner(tokenizer(), "official", model.max_len, Rules(loop_guard=loop_guard))
     turn = Turn(planner.plan(read_chat_request(body)), planner, model, lambda: False)
     parsed = Parsed()
     *events, finish = turn

@@ -17,10 +17,12 @@ from dsv4_jax.model import init_params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.serving.engine.loop import Engine
 from dsv4_jax.serving.engine.sizing import plan_sizes
+from dsv4_jax.serving.engine.waiting import QueueLimits
 from dsv4_jax.serving.plan import Planner
 from dsv4_jax.serving.service import Service, Settings
 from tests.serving.engine.conftest import metric
 from tests.serving.fakes import MODEL, PATIENCE_S, tokenizer
+from tests.serving.killed import kill_client
 from tests.serving.live import serving
 
 pytestmark = pytest.mark.slow
@@ -168,6 +170,46 @@ def test_cancelling(address, client, stream):
     asking.join(PATIENCE_S)
     assert not asking.is_alive()
     assert "request_cancelled" in found[0].text
+
+
+def test_a_client_that_is_killed_in_the_middle_of_a_call(address, engine):
+    before = metric(engine, "request_aborts_total")
+    text = {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]}
+    function = {"name": "say", "strict": True, "parameters": text}
+    body = ASK | OFF["extra_body"] | {"max_tokens": 1000, "stream": True, "seed": 1}
+    body |= {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    kill_client(address, body, until='{\\"t\\": ')
+    while engine.scheduler.has_work:  # far from what it may still say
+        threading.Event().wait(0.01)
+    assert metric(engine, "request_aborts_total") == before + 1
+    with engine._lock:
+        assert not engine.scheduler.slots.live and not engine.pages.num_held
+        assert engine.scheduler.slots.num_free == SLOTS
+
+
+def test_one_user_may_not_take_it_all(address, engine, monkeypatch):
+    limits = QueueLimits(tenant_requests=1, tenant_slots=1)
+    monkeypatch.setattr(engine.scheduler.queue, "limits", limits)
+    path, off = f"{address}/v1/chat/completions", OFF["extra_body"]
+    long = ASK | off | {"max_tokens": 1900, "user_id": "a"}
+    long["logit_bias"] = {str(tokenizer().eos_id): -100}
+    asking = []
+    for number in range(2):
+        headers = {"x-request-id": f"greedy-{number}"}
+        more = {"headers": headers, "json": long, "timeout": PATIENCE_S}
+        asking.append(threading.Thread(target=httpx.post, args=(path,), kwargs=more))
+        asking[-1].start()
+        while len(list(engine.scheduler.requests())) <= number:
+            assert asking[-1].is_alive()
+    refused = httpx.post(path, json=long)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "tenant_limit")
+    assert int(refused.headers["retry-after"]) > 0
+    other = httpx.post(path, json=ASK | off | {"max_tokens": 3, "user_id": "b"}, timeout=PATIENCE_S)
+    assert other.status_code == 200
+    for number, thread in enumerate(asking):
+        httpx.post(f"{address}/v1/requests/greedy-{number}/cancel")
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 def test_messages(address):

@@ -7,20 +7,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4_jax.serving.errors import ApiError, invalid, unsupported
-from dsv4_jax.serving.fields import Fields
+from dsv4_jax.serving.fields import Fields, check_known
 from dsv4_jax.serving.sampling_fields import ANY_COUNT, MAX_USER_BYTES, read_stop
 from dsv4_jax.serving.schema import ChatRequest, read_chat_request
 from dsv4_jax.serving.tool_fields import MAX_TOOLS
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_KNOWN = {
+    *("model", "messages", "system", "max_tokens", "temperature", "top_p", "top_k", "stream"),
+    *("stop_sequences", "metadata", "thinking", "output_config", "output_format", "tools"),
+    *("tool_choice", "cache_control", "service_tier"),
+}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def read_messages_request(body: object, needs_limit: bool = True) -> ChatRequest:
+def read_messages_request(
+    body: object, needs_limit: bool = True, refuses_unknown: bool = False
+) -> ChatRequest:
     """Reads the JSON body of a messages request.
 
     Args:
         needs_limit: `max_tokens` must be there.
+        refuses_unknown: fields that mean nothing here are an error.
 
     Raises:
         ApiError: 400, naming the field that is wrong or not supported.
@@ -28,6 +36,7 @@ def read_messages_request(body: object, needs_limit: bool = True) -> ChatRequest
     if not isinstance(body, dict):
         raise invalid(None, "The request body must be a JSON object.", "invalid_json")
     fields = Fields(body)
+    check_known(body, _KNOWN, refuses_unknown)
     limit = fields.integer("max_tokens", 1, ANY_COUNT)
     if limit is None and needs_limit:
         raise invalid("max_tokens", "is required")

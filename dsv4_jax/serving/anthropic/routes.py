@@ -7,7 +7,6 @@ from starlette.types import ASGIApp
 from dsv4_jax.serving.answers import Answering, headers_of
 from dsv4_jax.serving.anthropic.reply import MessageReply
 from dsv4_jax.serving.anthropic.request import read_messages_request
-from dsv4_jax.serving.body import read_json
 from dsv4_jax.serving.chat import facts_of, planned, turn_makers
 from dsv4_jax.serving.schema import ChatRequest
 from dsv4_jax.serving.service import Service
@@ -40,6 +39,6 @@ async def count_tokens(service: Service, request: Request) -> Response:
 
 
 async def _read(service: Service, request: Request, needs_limit: bool) -> ChatRequest:
-    settings = service.settings
-    body = await read_json(request, settings.max_body_bytes, settings.body_timeout_s)
-    return read_messages_request(body, needs_limit)
+    return await service.read(
+        request, lambda body, strict: read_messages_request(body, needs_limit, strict)
+    )

@@ -83,7 +83,9 @@ class BlobStore:
         self.used = 0  # bytes
         self._fingerprint, self._count = fingerprint, count
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, int] = OrderedDict()  # path in the folder → size, oldest first
+        self._files: OrderedDict[str, int] = (
+            OrderedDict()
+        )  # path in the folder → size, oldest first
         self._queue: deque[tuple[str, Mapping[str, Any], Sequence[Any], int]] = deque()
         self._waiting: dict[str, int] = {}  # names in the queue → bytes
         self._wake = threading.Condition(self._lock)
@@ -161,6 +163,20 @@ class BlobStore:
         path = self._path(name)
         self._forget(path)
         self._unlink(path)
+
+    def clear(self, beginnings: tuple[str, ...], timeout_s: float = 10.0) -> None:
+        """Removes the files of this fingerprint whose names begin so, and those on their way."""
+        with self._wake:
+            kept = deque(job for job in self._queue if not job[0].startswith(beginnings))
+            for name, *_ in self._queue:
+                if name.startswith(beginnings):
+                    del self._waiting[name]
+            self._queue = kept
+            written = [name for name in self._waiting if name.startswith(beginnings)]
+            self._wake.wait_for(lambda: not any(n in self._waiting for n in written), timeout_s)
+        for name in self.names():
+            if name.startswith(beginnings):
+                self.drop(name)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything is written, but not longer; tells whether it is."""

@@ -125,6 +125,16 @@ class DiskTier:
             if not self.store.is_ready:
                 self.store.flush(end - time.monotonic())
 
+    def forget(self) -> None:
+        """Gives up what is still to be written, and what is known of the files."""
+        self._pending.clear()
+        self._under_way.clear()
+        self._names.clear()
+
+    def clear(self) -> None:
+        """Removes all prefixes from the disk; from any thread, behind `forget`."""
+        self.store.clear((f"{PAGE}-", f"{CHECKPOINT}-"))
+
     def close(self) -> None:
         """Writes what is under way; nothing is read any more. The lock must not be held."""
         self._reader.shutdown(wait=False, cancel_futures=True)

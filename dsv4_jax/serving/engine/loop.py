@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,7 @@ class Engine:
         host_cache_bytes: Host memory for what the prefix cache evicts.
         step_timeout_s: A step that takes longer ends the engine.
         model_name: What metrics call the model.
+        metrics_prefix: Stands in front of their names.
         shards: The mesh its weights are spread over, by the rules `ENGINE`.
         channel: To the other processes of the mesh, which `mirror.follow` it.
         disk_cache: Where prefixes outlive the process; None keeps none.
@@ -103,6 +105,7 @@ class Engine:
         host_cache_bytes: int = 0,
         step_timeout_s: float = STEP_TIMEOUT_S,
         model_name: str = "",
+        metrics_prefix: str = "dsv4:",
         shards: Shards = SINGLE,
         channel: Sender | None = None,
         disk_cache: DiskCache | None = None,
@@ -116,7 +119,7 @@ class Engine:
         if host_cache_bytes < 0 or step_timeout_s <= 0:
             raise ValueError("host_cache_bytes must not be negative, step_timeout_s positive")
         self.max_len, self.config = scheduling.max_len, scheduling
-        self.metrics = metrics = Metrics(model_name=model_name, max_len=scheduling.max_len)
+        self.metrics = metrics = Metrics(model_name, scheduling.max_len, metrics_prefix)
         programs = Programs(cfg, num, params, sizes, shards)
         self._mirror = None if channel is None else Mirror(programs, channel)
         self.runner = Runner(self._mirror or programs, scheduling)
@@ -147,12 +150,13 @@ class Engine:
         metrics.watch("disk_cache_bytes", lambda: self.disk.store.used if self.disk else 0)
         self._ids = itertools.count()
         self._ready: set[Payload] = set()  # with tokens that no reader has yet
+        self._flushes: list[Future[int]] = []
         self._stopping = False
         self.failure: BaseException | None = None
         self._compiled = 0  # by the engine's thread
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._watchdog = Watchdog(step_timeout_s, self._busy_for, self.fail)
+        self._watchdog = Watchdog(step_timeout_s, lambda: self.busy_s, self.fail)
 
     def _open_disk(self, where: DiskCache, fingerprint: str) -> DiskTier:
         def count(event: str) -> None:
@@ -212,6 +216,7 @@ class Engine:
         checkpoints: Sequence[int] = (),
         allowed: Allowed | None = None,
         priority: int = 0,
+        continues: bool = False,
     ) -> RequestStream:
         """Queues a request; see `TokenModel.stream`.
 
@@ -235,6 +240,7 @@ class Engine:
             keep_output=keep_output,
             guided=guide is not None,
             reuse_prefix=sampling.prompt_logprobs is None,
+            continues=continues,
             leader=after.request if after is not None else None,
             payload=payload,
         )
@@ -248,6 +254,32 @@ class Engine:
                 self.disk.fetch(request)
             self._work.notify_all()
         return RequestStream(request, payload)
+
+    def flush_cache(self) -> int:
+        """Forgets the cached prefixes that no request uses, and all on the host and on disk.
+
+        Returns:
+            Tokens that were forgotten on the device.
+
+        Raises:
+            EngineError: the engine has stopped.
+        """
+        done: Future[int] = Future()
+        with self._work:
+            if self.failure or self._stopping:
+                raise EngineError("the engine has stopped") from self.failure
+            self._flushes.append(done)
+            self._work.notify_all()
+        tokens = done.result()
+        if self.disk is not None:
+            self.disk.clear()
+        return tokens
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds its thread has been at the same step; 0 while it waits for work."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def _check_ids(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         size = self.runner.programs.vocab_size
@@ -282,6 +314,23 @@ class Engine:
                 request.payload.error = request.payload.error or failure
             self.scheduler.abort_all(FinishReason.ERROR if failure else FinishReason.SHUTDOWN)
             self._report()
+            for done in self._flushes:
+                done.set_exception(EngineError("the engine has stopped"))
+            self._flushes.clear()
+
+    def _flush(self) -> None:
+        """Empties the prefix cache for those who asked."""
+        if not self._flushes:
+            return
+        cache = self.scheduler.cache
+        before = len(cache.nodes)
+        cache.flush()
+        self.host.clear()
+        if self.disk is not None:
+            self.disk.forget()
+        for done in self._flushes:
+            done.set_result((before - len(cache.nodes)) * UNIT)
+        self._flushes.clear()
 
     def _loop(self) -> None:
         under_way: deque[Step] = deque()
@@ -290,6 +339,7 @@ class Engine:
                 if self._stopping or self.failure:
                     return
                 self._busy_since = time.monotonic()
+                self._flush()
                 plan = self.scheduler.plan() if len(under_way) < LOOK_AHEAD else None
                 self._report()
                 self.host.unstage()
@@ -404,9 +454,3 @@ class Engine:
         """Wakes readers, best while the device works: they contend with this thread."""
         now_s = time.monotonic()
         self._ready = {payload for payload in self._ready if not payload.hand_out(now_s)}
-
-    # The watchdog's thread.
-
-    def _busy_for(self) -> float:
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since

@@ -60,6 +60,7 @@ class Request:
         guided: What may be drawn next depends on what was drawn before, so a step is planned only
             once the token in front of it is known.
         reuse_prefix: May start behind a cached prefix; off where all prompt logits are needed.
+        continues: An answer that has begun: it is not refused, however many wait.
         leader: A request with the same prompt to wait for, since its prefix will be cached.
         payload: Whatever the loop needs: sampling settings, a parser. Not looked at.
     """
@@ -74,6 +75,7 @@ class Request:
     keep_output: bool = False
     guided: bool = False
     reuse_prefix: bool = True
+    continues: bool = False
     leader: Request | None = None
     payload: Any = None
 

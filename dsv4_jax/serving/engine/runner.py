@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsv4_jax.sampling import EVERYTHING, Logprobs, count_uses, knobs_of, mask_words
+from dsv4_jax.sampling import (
+    EVERYTHING,
+    Knobs,
+    Logprobs,
+    count_uses,
+    knobs_of,
+    mask_words,
+    no_bias,
+)
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.device import Batch, Programs, Prompt, Sampled
 from dsv4_jax.serving.engine.mirror import Mirror
@@ -94,7 +102,7 @@ class Runner:
         self._tables = np.zeros(shape, np.int32)
         self._tables_version = 0
         self._fixed: dict[type, _Fixed] = {}
-        self._blank: dict[tuple[int, ...], Any] = {}  # constants on the device
+        self._blank: dict[tuple[Any, ...], Any] = {}  # constants on the device
         self._mask_words = mask_words(programs.vocab_size)
 
     def run(self, plan: StepPlan) -> list[Launched]:
@@ -258,7 +266,7 @@ class Runner:
         if last is None:
             values = [(payload.sampling, payload.key_2) for payload in payloads]
             host_words = self._allowed(rows, size)
-            slots_B, knobs = self.programs.put((slots, knobs_of(values, size)))
+            slots_B, knobs = self.programs.put(slots), self._placed(knobs_of(values, size))
             words = self._everything(size) if host_words is None else self.programs.put(host_words)
         else:
             slots_B, knobs = last.slots_B, last.knobs
@@ -269,6 +277,19 @@ class Runner:
         fixed = _Fixed(key, version, slots_B, table_BP, knobs, words, host_words, has_own)
         self._fixed[kind] = fixed
         return fixed
+
+    def _placed(self, knobs: Knobs) -> Knobs:
+        """Knobs on the device; most batches have no bias, and what says so is there already."""
+        size = len(knobs.bias_BJ)
+        none = no_bias(size)
+        if knobs.bias_BJ is not none[1]:
+            return self.programs.put(knobs)
+        key = (size, "no bias")
+        if key not in self._blank:
+            self._blank[key] = self.programs.put(none)
+        ids_BJ, bias_BJ = self._blank[key]
+        rest = self.programs.put(knobs._replace(bias_ids_BJ=None, bias_BJ=None))
+        return rest._replace(bias_ids_BJ=ids_BJ, bias_BJ=bias_BJ)
 
     def _allowed(self, rows: Sequence[Row], size: int) -> np.ndarray | None:
         """Masks that stay while the rows do; None allows everything."""
@@ -326,7 +347,7 @@ class Runner:
         return replace(allowed, words_W=fit(allowed.words_W), early_W=early)
 
     def _constant(self, shape: tuple[int, ...], value: int, dtype: type) -> Any:
-        key = (*shape, value)
+        key = (*shape, value, dtype)
         if key not in self._blank:
             self._blank[key] = self.programs.put(np.full(shape, value, dtype))
         return self._blank[key]

@@ -86,7 +86,7 @@ class Scheduler:
                 f"request {request.id}: a prompt of {len(request.prompt)} tokens leaves no room "
                 f"for output; prompt and output together may have {most}"
             )
-        reason = "draining" if self.draining else self.queue.why_full(request)
+        reason = None if request.continues else self._why_not(request)
         if reason is not None:
             self.metrics.count("admission_rejections", reason=reason)
             return Rejection(reason, min(max(math.ceil(self._start_gap_s), 1), MAX_RETRY_S))
@@ -207,6 +207,10 @@ class Scheduler:
         return delivered
 
     # Inside.
+
+    def _why_not(self, request: Request) -> str | None:
+        """Why a request is not taken now."""
+        return "draining" if self.draining else self.queue.why_full(request, self.slots.num_free)
 
     def _reap(self) -> None:
         """Ends what was cancelled or waited too long."""

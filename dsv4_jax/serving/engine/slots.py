@@ -53,6 +53,10 @@ class Slots:
         return bool(self._free)
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def _caches(self) -> bool:
         return self._cache.store.capacity > 0
 

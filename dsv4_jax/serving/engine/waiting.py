@@ -16,7 +16,7 @@ class QueueLimits:
     Args:
         requests: Requests that may wait.
         tokens: Prompt tokens that may wait; one request may always.
-        tenant_requests: Requests of one tenant that may wait.
+        tenant_requests: Requests of one tenant that may wait, beside those that can start at once.
         tenant_slots: Slots one tenant may have, preempted requests included.
         timeout_s: How long a request may wait for its first slot.
     """
@@ -31,6 +31,8 @@ class QueueLimits:
         for name in ("requests", "tokens", "tenant_requests", "tenant_slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,16 @@ class WaitingQueue:
         for tenant in self._tenants.values():
             yield from tenant.waiting
 
-    def why_full(self, request: Request) -> str | None:
-        """Why a request cannot wait here, or None if it can."""
+    def why_full(self, request: Request, free_slots: int = 0) -> str | None:
+        """Why a request cannot wait here while so many slots are free, or None if it can."""
         limits, tenant = self.limits, self._tenants.get(request.tenant)
         over_tokens = self.tokens + len(request.prompt) > limits.tokens
         if self._size >= limits.requests or (self._size and over_tokens):
             return "queue_full"
-        if tenant is not None and len(tenant.waiting) >= limits.tenant_requests:
-            return "tenant_limit"
+        if tenant is not None:
+            starting = max(min(free_slots, limits.tenant_slots - tenant.slots), 0)
+            if len(tenant.waiting) >= limits.tenant_requests + starting:
+                return "tenant_limit"
         return None
 
     def add(self, request: Request) -> None:

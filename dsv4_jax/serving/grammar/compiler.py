@@ -35,6 +35,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._vocabulary_lock = threading.Lock()
 
     def control(self, token: str) -> str:
         """How rules spell a control token."""
@@ -62,16 +63,19 @@ class GrammarCompiler:
             problem = f"is too large: {len(rules)} characters of grammar, limit {MAX_CHARS}"
             raise invalid(param, problem, "invalid_schema")
         source = LLMatcher.grammar_from_lark(rules)
-        is_wrong, notes = LLMatcher.validate_grammar_with_warnings(source, self._vocabulary)
-        problem = notes[0] if is_wrong else ""
+        matcher = LLMatcher(self._vocabulary, source, log_level=0)  # lets other threads run
+        problem = matcher.get_error()
         if not problem:
-            grammar = Grammar(
-                LLMatcher(self._vocabulary, source, log_level=0), self._tokenizer.vocab_size
-            )
+            grammar = Grammar(matcher, self._tokenizer.vocab_size)
             problem = _dead_end(grammar, self._tokenizer.vocab_size)
             if not problem:
                 return grammar
         raise invalid(param, _readable(problem), "invalid_schema")
+
+    def prepare(self) -> None:
+        """Reads the vocabulary, which takes a second; later calls do nothing."""
+        with self._vocabulary_lock:
+            assert self._vocabulary is not None
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:

@@ -11,6 +11,7 @@ _STREAM: Schema = {"description": "Server-sent events; the data of each is JSON,
 _ERRORS = {
     400: "The request is wrong; `param` says where.",
     401: "The key is missing or wrong.",
+    403: "The key is not for this.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
@@ -20,6 +21,7 @@ _ERRORS = {
     500: "A bug of the server.",
     503: "The server is loading, stopping or has failed; `retry-after` says when to come again.",
 }
+_OF_ANSWERS = tuple(status for status in _ERRORS if status != 403)
 _OVERLOADED = 529
 
 
@@ -41,7 +43,7 @@ def _post(
 ) -> dict[str, Any]:
     body = {"required": True, "content": _content(asked)}
     done = {"description": "The answer.", "content": _content(replied, is_streamed)}
-    responses = {"200": done, **_errors(tuple(_ERRORS), error)}
+    responses = {"200": done, **_errors(_OF_ANSWERS, error)}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
 
@@ -53,6 +55,13 @@ def _get(summary: str, replied: str, statuses: tuple[int, ...] = ()) -> dict[str
 
 def _other(schema: str) -> dict[str, Any]:
     return {"503": {"description": "Not now.", "content": _content(schema)}}
+
+
+def _act(summary: str, replied: str, statuses: tuple[int, ...]) -> dict[str, Any]:
+    """A POST without a body."""
+    done = {"description": "It is done.", "content": _content(replied)}
+    responses = {"200": done, **_errors(statuses, "Error")}
+    return {"post": {"summary": summary, "responses": responses}}
 
 
 def _text(summary: str, kind: str) -> dict[str, Any]:
@@ -73,8 +82,6 @@ def _paths() -> dict[str, Any]:
     health, ready = _get("Whether the server works.", "Health"), _get("Its phase.", "Ready")
     health["get"]["responses"] |= _other("Health")
     ready["get"]["responses"] |= _other("Ready")
-    cancel = _errors((401,), "Error")
-    cancelled = {"description": "Whether it was running.", "content": _content("Cancelled")}
     return {
         **dict.fromkeys(("/v1/chat/completions", "/chat/completions"), chat),
         "/beta/chat/completions": chat,
@@ -86,13 +93,10 @@ def _paths() -> dict[str, Any]:
         "/detokenize": _post("The text of token ids.", "DetokenizeRequest", "Text"),
         "/v1/chat/render": _post("What a chat becomes.", "ChatRequest", "Rendered"),
         "/v1/requests/{name}/cancel": _with_name(
-            {
-                "post": {
-                    "summary": "Ends a running request.",
-                    "responses": {"200": cancelled, **cancel},
-                }
-            }
+            _act("Ends a running request.", "Cancelled", (401,))
         ),
+        "/admin/drain": _act("Takes no more requests.", "Draining", (401, 403, 503)),
+        "/admin/flush_cache": _act("Empties the cache of prompts.", "Flushed", (401, 403, 503)),
         "/v1/models": _get("The names this server answers under.", "Models", (401, 503)),
         "/v1/models/{name}": _with_name(_get("One of them.", "Model", (401, 404, 503))),
         "/v1/server_info": _get("What was decided at the start.", "ServerInfo", (401, 503)),

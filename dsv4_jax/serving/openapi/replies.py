@@ -142,6 +142,8 @@ SCHEMAS: dict[str, Schema] = {
     "Text": reply({"prompt": TEXT}),
     "Rendered": reply({"prompt": TEXT, "tokens": list_of(COUNT), "count": COUNT, "plan": OBJECT}),
     "Cancelled": reply({"id": TEXT, "cancelled": BOOLEAN}),
+    "Draining": reply({"phase": TEXT, "unfinished": COUNT}),
+    "Flushed": reply({"forgotten_tokens": COUNT}),
     "Model": _MODEL,
     "Models": reply({"object": one_of("list"), "data": list_of(ref("Model"))}),
     "ServerInfo": reply(

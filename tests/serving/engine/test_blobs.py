@@ -20,9 +20,7 @@ def opened(tmp_path):
 
     def open_store(capacity=ROOM, fingerprint="model"):
         events = Counter()
-        store = BlobStore(
-            tmp_path / "disk", fingerprint, capacity, lambda e: events.update([e])
-        )
+        store = BlobStore(tmp_path / "disk", fingerprint, capacity, lambda e: events.update([e]))
         store.events = events
         stores.append(store)
         return store
@@ -197,3 +195,27 @@ def test_killed_while_it_writes_and_reads(opened, tmp_path):
             assert set(blob.payload) == {blob.meta["n"] % 251}
         assert store.events["corrupt"] == 0 and not list(store.folder.glob("*/*/*.part"))
         store.close()
+
+
+def test_what_begins_so_can_be_removed_whether_written_or_not(opened, monkeypatch):
+    store = opened()
+    fill(store, "p-one", "r-two")
+    gate, begun = threading.Event(), threading.Event()
+    write = store._write
+
+    def slowly(*job):
+        begun.set()
+        assert gate.wait(10)
+        return write(*job)
+
+    monkeypatch.setattr(store, "_write", slowly)
+    for name in ("p-three", "p-four", "r-five"):
+        assert store.put(name, {}, [b"x"])
+    assert begun.wait(10)
+    clearing = threading.Thread(target=store.clear, args=(("p-", "c-"),))
+    clearing.start()
+    gate.set()
+    clearing.join(10)
+    assert store.flush(10)
+    assert sorted(store.names()) == ["r-five", "r-two"] and not store.has("p-four")
+    assert len(files_of(store)) == 2

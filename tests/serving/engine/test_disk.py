@@ -152,9 +152,7 @@ def test_a_slow_disk_does_not_hold_a_request_for_ever(engine, cold, tmp_path, mo
         assert (tokens, cached) == (cold[700], 0)
 
 
-def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing(
-    engine, tmp_path, monkeypatch
-):
+def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing(engine, tmp_path, monkeypatch):
     whole = make_prompt(0, 700)
     with with_disk(engine, tmp_path):
         ask(engine, whole)
@@ -180,3 +178,12 @@ def test_several_requests_for_the_same_prefix(engine, cold, tmp_path):
         found = list(pool.map(lambda prompt: ask(engine, prompt), jobs))
         for prompt, (tokens, cached) in zip(jobs, found, strict=True):
             assert tokens == cold[len(prompt)] and cached == (len(prompt) - 1) // 128 * 128
+
+
+def test_an_emptied_cache_is_empty_on_disk_too(engine, cold, tmp_path):
+    whole = make_prompt(0, LENGTHS[-1])
+    with with_disk(engine, tmp_path):
+        ask(engine, whole)
+        assert engine.flush_cache() > 0
+        assert not engine.disk.store.names()
+        assert ask(engine, whole) == (cold[LENGTHS[-1]], 0)

@@ -12,7 +12,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine, EngineError
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
-from tests.serving.engine.conftest import MAX_LEN
+from tests.serving.engine.conftest import MAX_LEN, settled
 
 NEW = 12
 
@@ -110,3 +110,24 @@ def test_a_stopped_engine_refuses_work():
     engine.stop()
     with pytest.raises(EngineError, match="stopped"):
         engine.stream([1], settings(0), frozenset())
+
+
+def test_the_cache_can_be_emptied_while_others_run(engine):
+    batch = prompts(3)
+    first = engine.stream(batch[8], SamplingParams(2, temperature=0.0), frozenset())
+    assert len(list(first)) == 2
+    running = engine.stream(batch[9], SamplingParams(300, seed=1), frozenset())
+    next(running)
+    assert running.cached_tokens >= 256
+    assert engine.flush_cache() > 0
+    again = engine.stream(batch[8], SamplingParams(2, temperature=0.0), frozenset())
+    assert len(list(again)) == 2
+    assert len(list(running)) == 299
+    with settled(engine):
+        engine.scheduler.check()
+    engine.flush_cache()
+    with settled(engine):
+        assert not engine.scheduler.cache.nodes and not engine.host.used
+        assert engine.pages.num_free == engine.pages.num_usable
+    cold = engine.stream(batch[8], SamplingParams(2, temperature=0.0), frozenset())
+    assert len(list(cold)) == 2 and cold.cached_tokens == 0

@@ -123,6 +123,17 @@ def test_a_full_queue_says_so_at_once():
     assert len(engine.finished) == 4
 
 
+def test_an_answer_that_has_begun_is_not_refused():
+    engine = Engine(small_config(queue=QueueLimits(requests=1, tenant_requests=1)))
+    engine.submit(make(0))
+    assert engine.scheduler.submit(make(1)) is not None
+    engine.submit(make(2, continues=True))
+    engine.scheduler.drain()
+    engine.submit(make(3, continues=True))
+    engine.run()
+    assert len(engine.finished) == 3
+
+
 def test_draining_ends_what_was_taken_and_refuses_the_rest():
     engine = Engine()
     engine.submit(*(make(number) for number in range(9)))

@@ -149,3 +149,16 @@ def test_tenants_that_are_gone_leave_nothing_behind():
         queue.add(request(number, f"tenant {number}"))
         serve(queue, 1000)
     assert not queue._tenants
+
+
+def test_a_tenant_may_fill_free_slots_before_its_limit_counts():
+    queue = WaitingQueue(QueueLimits(tenant_requests=1, tenant_slots=2), QUANTUM)
+    for number in range(3):
+        assert queue.why_full(request(number), free_slots=8) is None
+        queue.add(request(number))
+    assert queue.why_full(request(3), free_slots=8) == "tenant_limit"
+    start(queue, next_of(queue), 1)
+    assert queue.why_full(request(3), free_slots=7) == "tenant_limit"
+    start(queue, next_of(queue), 1)
+    assert queue.why_full(request(3), free_slots=6) == "tenant_limit"
+    assert queue.why_full(request(3, "b"), free_slots=0) is None
