@@ -104,7 +104,9 @@ def attend_shared(
         words = None
         if query is not None:
             words = _shared_choice(query, cache["keys"], visible_BT, chunk, index, cfg, num, shards)
-        compressed = sparse_attention.Compressed(_rows(cache["rows"]), visible_BT, index, words)
+        compressed = sparse_attention.Compressed(
+            _rows(cache["rows"]), visible_BT, index, words, keep=cfg.index_topk
+        )
     out_BTNH, log_BTN = sparse_attention.partial_attention(
         q_BTNH,
         window._replace(start_BT=start_BT, stop_BT=stop_BT),
@@ -212,7 +214,9 @@ def _compressed(
             rounded=num.packed_cache,
             implementation=num.kernels,  # type: ignore[arg-type]
         )
-    return sparse_attention.Compressed(_rows(rows), visible_BT, layer, words, None, table_BP)
+    return sparse_attention.Compressed(
+        _rows(rows), visible_BT, layer, words, table_BP, cfg.index_topk
+    )
 
 
 def _keys(keys: store.Rows) -> index_topk.FP4Keys | Array:
