@@ -343,14 +343,16 @@ def _live_groups(sizes: kernel.Plan, compressed: Compressed) -> tuple[Array, Arr
     assert compressed.words is not None
     batch, fresh, width = compressed.words.shape
     words = jnp.pad(compressed.words, ((0, 0), (0, -fresh % sizes.queries), (0, 0)))
-    words = words.reshape(-1, sizes.queries, width // LANES, LANES)
-    bits = lax.reduce(words, jnp.int32(0), lax.bitwise_or, (1, 3))
+    zero, words = jnp.int32(0), words.reshape(-1, sizes.queries, width)
+    words = lax.reduce(words, zero, lax.bitwise_or, (1,))  # first, so that little is laid out anew
+    bits = lax.reduce(words.reshape(-1, width // LANES, LANES), zero, lax.bitwise_or, (2,))
     groups = -(-_blocks(compressed.visible_BT, sizes.queries).max(axis=1) // LANES)
     # a page behind the visible ones may be any
     shown = jnp.clip(groups[:, None] - 32 * jnp.arange(width // LANES)[None], 0, 32)
     bits &= jnp.where(shown == 32, -1, (1 << (shown & 31)) - 1)
     live = lax.population_count(bits).sum(axis=1)
-    return bits[:, None], jnp.where(live <= tuning.of_this_chip().share * groups, live, -1)
+    most = tuning.of_this_chip().share * groups.astype(jnp.float32)
+    return bits[:, None], jnp.where(live.astype(jnp.float32) <= most, live, -1)
 
 
 def _slots(window: Window) -> Array:

@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ("reference", "interpret")
 LAYER = 1
 
 
-LISTED = tuning.Tuning(share=1.0, least_groups=1)  # always only the groups with chosen rows
+LISTED = tuning.Tuning(share=0.9, least_groups=1)  # only groups with chosen rows, unless all are
 
 
 @functools.cache
