@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 class Tuning(NamedTuple):
     """share: of the visible groups of 128 rows, so many at most may be live to be listed.
 
-    least_groups: shorter memories are always streamed. Up to 8192 rows (32K tokens), 512 rows
-    chosen at random leave no group in ten without one.
+    least_groups: caches of fewer are always streamed. In 128 of them (64K tokens), 512 rows chosen
+    at random leave 2 without one.
     """
 
     share: float = 0.5
