@@ -243,7 +243,8 @@ def plan(q_BTNH: Array, window: Window, compressed: Compressed | None, turned: b
         chip, groups = tuning.of_this_chip(), compressed.capacity // LANES
         listed = groups >= chip.least_groups
         live = tuning.live_groups(groups, compressed.keep * queries or compressed.capacity)
-        expected = int(LANES * live) if listed and live <= chip.share * groups else expected
+        if listed and live <= chip.share(queries * heads) * groups:
+            expected = int(LANES * live)
     return kernel.Plan(
         queries,
         heads,
@@ -351,7 +352,8 @@ def _live_groups(sizes: kernel.Plan, compressed: Compressed) -> tuple[Array, Arr
     shown = jnp.clip(groups[:, None] - 32 * jnp.arange(width // LANES)[None], 0, 32)
     bits &= jnp.where(shown == 32, -1, (1 << (shown & 31)) - 1)
     live = lax.population_count(bits).sum(axis=1)
-    most = tuning.of_this_chip().share * groups.astype(jnp.float32)
+    share = tuning.of_this_chip().share(sizes.queries * sizes.heads)
+    most = share * groups.astype(jnp.float32)
     return bits[:, None], jnp.where(live.astype(jnp.float32) <= most, live, -1)
 
 

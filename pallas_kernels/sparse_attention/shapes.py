@@ -78,6 +78,7 @@ SMALL = {
     "decode_masked": Case(9, 1, "masked", 1024, heads=16),
     "decode_listed": Case(6, 1, "masked", 1536, 5, heads=8),
     "decode_listed_paged": Case(5, 1, "masked", 1024, 3, heads=8, page=256, slots=6),
+    "prefill_listed": Case(1, 19, "masked", 2048, 1, heads=8, turned=False),
     "verify_listed_plain": Case(3, 3, "masked", 640, 2, heads=8, packed=False, turned=False),
     "decode_masked_paged": Case(3, 1, "masked", 1024, heads=8, page=256, slots=5),
     "decode_masked_paged_plain": Case(

@@ -69,8 +69,8 @@ def test_reading_only_groups_with_chosen_rows_changes_nothing(model, within, mon
     """Prefill and decoding on both sides of the crossover, 2 groups of 128 rows for p517."""
     few = prompts(model, "p130", "p517")
     expected, runs = model.expected("float32"), []
-    for share in (0.0, 1.0):
-        chip = tuning.Tuning(share, least_groups=1)
+    for group_ns in (0.0, 1e9):  # what a group costs beside its copies
+        chip = tuning.Tuning(group_ns, most=1.0, least_groups=1)
         monkeypatch.setattr(tuning, "of_this_chip", lambda chip=chip: chip)
         runner = Runner(model, Numerics("plain", "float32", "interpret"), few)
         runs.append(runner.run(runner.longest, decode=True))

@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ("reference", "interpret")
 LAYER = 1
 
 
-LISTED = tuning.Tuning(share=0.9, least_groups=1)  # only groups with chosen rows, unless all are
+LISTED = tuning.Tuning(1e9, most=0.9, least_groups=1)  # groups with chosen rows, unless all are
 
 
 @functools.cache
@@ -156,6 +156,7 @@ def by_loops(case, args):
 
 
 SLOW = {("interpret", name) for name in ("decode_dense", "prefill_masked")}
+SLOW |= {(name, "prefill_listed") for name in IMPLEMENTATIONS}
 CONTRACT = [
     pytest.param(i, name, marks=[pytest.mark.slow] if (i, name) in SLOW else [])
     for i in IMPLEMENTATIONS
@@ -313,13 +314,22 @@ def test_blocks_list_their_groups_up_to_the_share_of_the_chip(monkeypatch):
     compressed = api.Compressed(rows, visible, words=words)
     q = jnp.zeros((4, 1, 8, 128), jnp.bfloat16)
     window = api.Window(jnp.zeros((1, 4, 128, 128), jnp.uint16), visible, visible)
-    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(0.25, 64))
+    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(15, least_groups=64))
     sizes = api.plan(q, window, compressed, False)
     bits, live = api._live_groups(sizes, compressed)
     assert sizes.listed and live.tolist() == [2, -1, 0, 0]
     assert bits.tolist() == [[[1, 256]], [[30, 0]], [[0, 0]], [[0, 0]]]
-    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(0.5, 65))
+    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(15, least_groups=65))
     assert not api.plan(q, window, compressed, False).listed
+
+
+def test_a_chip_lists_more_groups_the_longer_one_takes():
+    assert tuning.of_this_chip() == tuning.DEFAULT  # this machine has no TPU
+    for chip in tuning.TABLE.values():
+        shares = [chip.share(rows) for rows in (1, 64, 128, 1024)]
+        assert shares == sorted(shares) and 0.3 < shares[1] and shares[-1] == chip.most
+    assert tuning.live_groups(2048, 1) == pytest.approx(1)
+    assert tuning.live_groups(2, 2) == pytest.approx(1.5)
 
 
 def test_queries_without_rows_give_zero():
