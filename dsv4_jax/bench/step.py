@@ -55,8 +55,13 @@ CASES = {
     # 5120 rows of CSA layers: no other size of these models
     "flash_short_decode_b64_20k_e8": Case("v4-flash", 64, 1, 20480, 8, True),
     "pro_short_decode_b64_20k_e8": Case("v4-pro", 64, 1, 20480, 8, True),
+    "flash_short_decode_b8_320k_e8": Case("v4-flash", 8, 1, 327680, 8, True),
 }
-REPRESENTATIVE = ("flash_short_decode_b64_20k_e8", "pro_short_decode_b64_20k_e8")
+REPRESENTATIVE = (
+    "flash_short_decode_b64_20k_e8",
+    "pro_short_decode_b64_20k_e8",
+    "flash_short_decode_b8_320k_e8",
+)
 
 
 def operands(case: Case) -> tuple[Any, Any, Any]:
