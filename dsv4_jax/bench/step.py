@@ -18,7 +18,7 @@ from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.presets import PRESETS
-from pallas_kernels.sparse_attention.tuning import live_groups
+from pallas_kernels.sparse_attention.api import live_groups
 
 NUM = Numerics("reference", "bfloat16", "pallas")
 SHORT = (0, 4, 128, 4, 128)  # compress ratios of a model with few layers: every kind, one scan

@@ -12,11 +12,13 @@ from jax import Array, lax
 from pallas_kernels import paging
 from pallas_kernels.index_topk.reference import words_mask
 from pallas_kernels.sparse_attention import kernel, reference, tuning
+from pallas_kernels.sparse_attention.tuning import live_groups
 
 __all__ = [
     "Compressed",
     "PackedRows",
     "Window",
+    "live_groups",
     "partial_attention",
     "sparse_attention",
     "window_bounds",
