@@ -300,9 +300,7 @@ def _attend_tile(
     mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (position_BS >= 0)[:, None]
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, rows_BSH, mask_BTS, num)
     if ratio:
-        steps = (begin + jnp.arange(tile))[None]
-        visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
-        visible_BT = jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
+        visible_BT = chunk.visible(begin + jnp.arange(tile), ratio)
         rows, place = cache["rows"], chunk.place(index)
         if query is None:
             state = _absorb_visible(state, q_BTNH, rows, place, visible_BT, None, num)
@@ -330,15 +328,14 @@ def attend_shared(
 
     The window counts on the first shard alone.
     """
-    steps = jnp.arange(q_BTNH.shape[1])[None]
-    query_BT = chunk.pos_B[:, None] + steps
+    steps_T = jnp.arange(q_BTNH.shape[1])
+    query_BT = chunk.pos_B[:, None] + steps_T[None]
     ago_BTS = query_BT[:, :, None] - window.position_BS[:, None]
     mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (window.position_BS >= 0)[:, None]
     mask_BTS &= shards.rank("context") == 0
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, window.rows_BSH, mask_BTS, num)
     if ratio:
-        visible_BT = jnp.where(steps < chunk.count_B[:, None], (query_BT + 1) // ratio, 0)
-        visible_BT = context.rows_before(visible_BT, shards)
+        visible_BT = context.rows_before(chunk.visible(steps_T, ratio), shards)
         rows, place, mask_BTC = cache["rows"], chunk.place(index), None
         if query is not None:
             scores = indexer.score_rows(query, cache["keys"], place, visible_BT, num)

@@ -42,6 +42,12 @@ class Chunk(NamedTuple):
         """Where these sequences live in the caches of layer `index` of a group."""
         return store.Place(index, self.slots_B, self.table_BP)
 
+    def visible(self, steps_T: Array, ratio: int) -> Array:
+        """Compressed rows that tokens `steps_T` of the chunk may see, `[B, T]`; none of padding."""
+        steps = steps_T[None]
+        rows_BT = (self.pos_B[:, None] + steps + 1) // ratio
+        return jnp.where(steps < self.count_B[:, None], rows_BT, 0)
+
 
 class NewRows(NamedTuple):
     """Rows that a chunk completes: the first `count_B` of `rows_BCH`, starting at row `first_B`."""

@@ -100,11 +100,13 @@ def attend_shared(
     start_BT = jnp.minimum(window.start_BT, stop_BT)
     compressed = None
     if ratio:
-        visible_BT = context.rows_before(_visible(chunk, fresh, ratio), shards)
+        visible_BT = context.rows_before(chunk.visible(jnp.arange(fresh), ratio), shards)
         words = None
         if query is not None:
             words = _shared_choice(query, cache["keys"], visible_BT, chunk, index, cfg, num, shards)
-        compressed = sparse_attention.Compressed(_rows(cache["rows"]), visible_BT, index, words)
+        compressed = sparse_attention.Compressed(
+            _rows(cache["rows"]), visible_BT, index, words, keep=cfg.index_topk
+        )
     out_BTNH, log_BTN = sparse_attention.partial_attention(
         q_BTNH,
         window._replace(start_BT=start_BT, stop_BT=stop_BT),
@@ -178,13 +180,6 @@ def _window(
     return sparse_attention.Window(recent_BSH[None], *bounds)
 
 
-def _visible(chunk: Chunk, fresh: int, ratio: int) -> Array:
-    """Compressed rows that each query may see: `[B, T]`."""
-    steps = jnp.arange(fresh)[None]
-    visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
-    return jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
-
-
 def _compressed(
     chunk: Chunk,
     fresh: int,
@@ -196,7 +191,7 @@ def _compressed(
     num: Numerics,
 ) -> sparse_attention.Compressed:
     """The rows that each query sees: all visible ones, or of those the indexer's choice."""
-    visible_BT = _visible(chunk, fresh, ratio)
+    visible_BT = chunk.visible(jnp.arange(fresh), ratio)
     rows, layer, table_BP = _nested(cache["rows"], index, chunk.table_BP)
     words = None
     if query is not None and store.row_room(cache["rows"], chunk.place(index)) > cfg.index_topk:
@@ -212,7 +207,9 @@ def _compressed(
             rounded=num.packed_cache,
             implementation=num.kernels,  # type: ignore[arg-type]
         )
-    return sparse_attention.Compressed(_rows(rows), visible_BT, layer, words, None, table_BP)
+    return sparse_attention.Compressed(
+        _rows(rows), visible_BT, layer, words, table_BP, cfg.index_topk
+    )
 
 
 def _keys(keys: store.Rows) -> index_topk.FP4Keys | Array:

@@ -102,6 +102,8 @@ def add_kernels(commands: Any) -> argparse.ArgumentParser:
     kernels.add_argument("--case", metavar="GLOB", help=cases)
     chips = "v5e, v5p, v6e or TPU7x (default: all); repeatable"
     kernels.add_argument("--chip", action="append", metavar="CHIP", help=chips)
+    fold = "one line per case, all chips side by side, when everything is compiled"
+    kernels.add_argument("--fold", action="store_true", help=fold)
     return kernels
 
 
@@ -190,6 +192,9 @@ def bench_kernels(args: argparse.Namespace) -> None:
 
     ops = bench.OPS | {"step": bench.Op("dsv4_jax.bench.step")}
     rows = bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case)
+    if args.fold:
+        print(bench.fold(rows))
+        return
     if not args.json:
         print(bench.HEADER, flush=True)
     for row in rows:
