@@ -19,8 +19,9 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.serving.compile_cache import use_compile_cache
 from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import Programs, Sizes
+from dsv4_jax.serving.engine.device import Sizes
 from dsv4_jax.serving.engine.loop import Engine
+from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use

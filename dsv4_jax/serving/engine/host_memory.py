@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from dsv4_jax.serving.engine.checkpoints import Handle
-from dsv4_jax.serving.engine.device import Programs, bytes_of
+from dsv4_jax.serving.engine.device import bytes_of
 from dsv4_jax.serving.engine.host import Unit
 from dsv4_jax.serving.engine.mirror import Mirror
+from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.runner import PAGES_AT_ONCE, Runner
 
