@@ -269,7 +269,7 @@ def _penalized(x_BV: Array, uses_BV: Array, penalizes_B: Array, knobs: Knobs) ->
     repeated_BV = jnp.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1)
     new_BV = jnp.where(uses_BV > 0, repeated_BV, x_BV)
     new_BV = new_BV - knobs.frequency_B[:, None] * count_BV
-    new_BV = new_BV - knobs.presence_B[:, None] * (count_BV > 0)
+    new_BV = new_BV - knobs.presence_B[:, None] * (count_BV > 0).astype(jnp.float32)
     return jnp.where(penalizes_B[:, None], new_BV, x_BV)
 
 

@@ -103,8 +103,8 @@ def judge(
                 *rows, guesses.tokens_BK[:, t], guesses.chances_BKV[:, t], t + 1 < count_B
             )
         tokens.append(jnp.where(goes_on_B, token_B, EMPTY))
-        uses_SV = uses_SV.at[slots_B, token_B].add(2 * is_kept_B * goes_on_B)
-        total_B = total_B + goes_on_B
+        total_B = total_B + goes_on_B.astype(jnp.int32)
+        uses_SV = uses_SV.at[slots_B, token_B].add(jnp.where(goes_on_B, 2 * is_kept_B, 0))
         goes_on_B = goes_on_B & stands_B & (t + 1 < count_B)
     return Judged(jnp.stack(tokens, axis=1), total_B, uses_SV)
 

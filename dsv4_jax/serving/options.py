@@ -7,6 +7,7 @@ NUMERICS = ("reference", "plain")
 DTYPES = ("bfloat16", "float32")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
+MODES = ("coupled", "rejection")  # of judging guesses
 
 
 def choices(names: tuple[str, ...]) -> str:
@@ -39,6 +40,29 @@ OPTIONS = (
         0.0,
         number(0),
         "G",
+    ),
+    Option(
+        "speculate",
+        "model",
+        "tokens that the MTP block guesses ahead for a step to verify; 0: none",
+        read=integer(0, 7),
+        metavar="K",
+        unset="1 if the checkpoint has such a block",
+    ),
+    Option(
+        "speculate-mode",
+        "model",
+        "coupled: the same tokens as without guesses; rejection: more guesses stand",
+        "coupled",
+        one_of(*MODES),
+        choices(MODES),
+    ),
+    Option(
+        "speculate-always",
+        "model",
+        "guess even where that costs more than it brings",
+        False,
+        switch,
     ),
     Option(
         "mesh",

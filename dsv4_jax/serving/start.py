@@ -66,7 +66,10 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
         raise ValueError(f"--max-len {max_len} must not exceed the model's {cfg.max_len}")
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
-    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
+    guesses, rejects = guesses_for(args, cfg), args.speculate_mode == "rejection"
+    scheduling, sizes = plan_sizes(
+        cfg, max_len, args.slots, args.cache_tokens, page, guesses, guesses > 0 and rejects
+    )
     shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
     profile = encoding.detect_profile_in(folder) if auto else args.prompt_profile
@@ -77,8 +80,23 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}{used} (--mesh)")
     how = args.implementation or ("pallas" if num.kernels else "reference")
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
+    if guesses:
+        say(f"guesses  {guesses} ahead by the MTP block, {args.speculate_mode} (--speculate)")
     say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
     return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
+
+
+def guesses_for(args: SimpleNamespace, cfg: ModelConfig) -> int:
+    """Tokens to guess ahead; none for the demo, whose random weights guess nothing.
+
+    Raises:
+        ValueError: the model cannot guess.
+    """
+    if args.speculate is None:
+        return int(bool(args.checkpoint) and cfg.num_mtp_layers > 0)
+    if args.speculate and not cfg.num_mtp_layers:
+        raise ValueError(f"--speculate {args.speculate}: this checkpoint has no MTP block")
+    return args.speculate
 
 
 def start(
@@ -97,7 +115,7 @@ def start(
     """
     begin = time.monotonic()
     cfg, params = _loaded(args, folder, plan, load, service)
-    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels}"
+    how = f"{plan.profile} {args.numerics} {args.dtype} {plan.num.kernels} {plan.sizes.guesses}"
     name = fingerprint(Path(folder, "manifest.json").read_bytes(), how.encode())
     engine = Engine(
         cfg,
@@ -111,6 +129,7 @@ def start(
         model_name=plan.name,
         shards=plan.shards,
         channel=line,
+        adapts=not args.speculate_always,
     )
     service.on_fatal = engine.fail
     say("compiling …")
