@@ -63,9 +63,9 @@ def attend(
 ) -> Array:
     """Attention output `[B, T, N, H]` of a chunk, turned back by `turn`.
 
-    recent_BSH: the window before the chunk, then the chunk; None: one token, in the ring already.
+    recent_BSH: the window before the chunk, then the chunk; None: both are in the ring.
     """
-    window = _window(recent_BSH, chunk, cache, index, q_BTNH.shape[1], cfg)
+    window = _window(recent_BSH, chunk, cache, index, q_BTNH.shape[1], cfg, num)
     compressed = None
     if ratio:
         compressed = _compressed(chunk, q_BTNH.shape[1], cache, index, query, ratio, cfg, num)
@@ -95,7 +95,7 @@ def attend_shared(
 ) -> Array:
     """`attend` where each shard of a context has rows of its own; the first one has the window."""
     fresh = q_BTNH.shape[1]
-    window = _window(recent_BSH, chunk, cache, index, fresh, cfg)
+    window = _window(recent_BSH, chunk, cache, index, fresh, cfg, num)
     stop_BT = jnp.where(shards.rank("context") == 0, window.stop_BT, 0)
     start_BT = jnp.minimum(window.start_BT, stop_BT)
     compressed = None
@@ -171,8 +171,13 @@ def _window(
     index: Array,
     fresh: int,
     cfg: ModelConfig,
+    num: Numerics,
 ) -> sparse_attention.Window:
     ring = cache["window"]
+    if recent_BSH is None and (fresh > 1 or store.num_rows(ring) > cfg.window):
+        # a longer ring holds more than may be seen, and kernels take one run of rows
+        end_B, seen = chunk.pos_B + fresh, cfg.window + fresh - 1
+        recent_BSH = store.ring_history(ring, chunk.place(index), end_B, seen, num.jnp_dtype)
     if recent_BSH is None:
         bounds = sparse_attention.window_bounds(chunk.pos_B, 1, store.num_rows(ring), cfg.window)
         return sparse_attention.Window(_rows(ring), *bounds, index, chunk.slots_B)

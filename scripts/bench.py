@@ -6,6 +6,7 @@ python scripts/bench.py serve                  load on the demo server; --url: o
 python scripts/bench.py turns                  second turn of a long chat beside the first
 python scripts/bench.py restart                a long prompt again after a restart, from disk
 python scripts/bench.py engine                 the engine beside a bare decode loop
+python scripts/bench.py speculate --checkpoint DIR    guesses of the MTP block beside none
 python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
 
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_turns, add_restart, add_engine, add_kernels):
+    for add in (add_serve, add_turns, add_restart, add_engine, add_speculate, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
 
@@ -92,6 +93,22 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     engine.add_argument("--tokens", type=int, default=200, metavar="N", help="a stream")
     engine.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each")
     return engine
+
+
+def add_speculate(commands: Any) -> argparse.ArgumentParser:
+    text = "tokens per second of a stream with guesses of the MTP block ÷ without, in one run"
+    ahead = commands.add_parser("speculate", help=text, description=text)
+    made = "made by convert_hf.py; its guesses are only taken if it was trained"
+    ahead.add_argument("--checkpoint", required=True, metavar="DIR", help=made)
+    chats = 'lines of {"messages": …} (default: a few questions)'
+    ahead.add_argument("--chats", metavar="FILE", help=chats)
+    ahead.add_argument("--guesses", type=numbers, default=[1], metavar="K,K")
+    ahead.add_argument("--batches", type=numbers, default=[1, 8], metavar="B,B")
+    ahead.add_argument("--requests", type=int, default=24, metavar="N", help="of a turn")
+    ahead.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer, at most")
+    ahead.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    ahead.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each")
+    return ahead
 
 
 def add_kernels(commands: Any) -> argparse.ArgumentParser:
@@ -187,6 +204,30 @@ def bench_engine(args: argparse.Namespace) -> None:
         print(json.dumps(figures) if args.json else overhead.line(figures), flush=True)
 
 
+def bench_speculate(args: argparse.Namespace) -> None:
+    from dsv4_jax.bench import speculate
+    from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.accelerator import use_cpu_if_alone
+
+    use_cpu_if_alone()
+    if not args.json:
+        print(speculate.HEADER, flush=True)
+    for batch in args.batches:
+        for guesses in args.guesses:
+            figures = speculate.measure(
+                args.checkpoint,
+                Numerics(),
+                guesses,
+                batch,
+                args.chats,
+                args.requests,
+                args.tokens,
+                args.temperature,
+                args.repeats,
+            )
+            print(json.dumps(figures) if args.json else speculate.line(figures), flush=True)
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
     from pallas_kernels import aot, bench
 
@@ -207,6 +248,7 @@ COMMANDS = {
     "turns": bench_turns,
     "restart": bench_restart,
     "engine": bench_engine,
+    "speculate": bench_speculate,
     "kernels": bench_kernels,
 }
 
