@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.api import create_app
+from dsv4_jax.serving.engine.blobs import BlobStore
 from dsv4_jax.serving.replay import ReplayStore, Said
 from tests.serving.completions import block, invoke, json_parameter, text_parameter
 from tests.serving.fakes import FakeModel, answer, chat_answer, counted, ids, make_service
@@ -138,3 +139,30 @@ def test_only_the_first_call_names_an_answer(call_id):
     store = ReplayStore(100)
     store.keep("t", ["call_0", "call_1"], said(4))
     assert (store.find("t", [call_id]) is None) == (call_id == "call_1")
+
+
+def test_answers_outlive_the_process(tmp_path):
+    said = Said(array("i", [5, 6]), True, "because", "Look.", (("f", '{"a": 1}'),))
+
+    def opened(max_tokens: int = 100) -> tuple[ReplayStore, BlobStore]:
+        store = ReplayStore(max_tokens)
+        store.blobs = BlobStore(tmp_path, "model", 1 << 20)
+        return store, store.blobs
+
+    store, blobs = opened()
+    store.keep("a", ["call_1"], said)
+    blobs.close()
+    store, blobs = opened()
+    assert store.find("a", ["call_1"]) == said
+    assert store.find("b", ["call_1"]) is None and store.find("a", ["call_2"]) is None
+    [path] = tmp_path.glob("*/*/r-*")
+    assert b"call_1" not in path.read_bytes()
+    blobs.close()
+    path.write_bytes(path.read_bytes()[:-1])
+    store, blobs = opened()
+    assert store.find("a", ["call_1"]) is None and not path.exists()
+    blobs.close()
+    store, blobs = opened(max_tokens=0)
+    store.keep("a", ["call_1"], said)
+    blobs.close()
+    assert not list(tmp_path.glob("*/*/r-*"))
