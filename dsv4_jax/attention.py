@@ -25,6 +25,7 @@ from dsv4_jax.rope import Rotation, frequencies, rotate
 from sharding.shards import SINGLE, Shards
 
 QUERY_TILE = 128  # queries that attend together; bounds the score arrays
+FEW_QUERIES = 8  # of a sequence that decodes: each adds up its rows in an order of its own
 DENSE_FACTOR = 16  # up to K times this many visible rows, CSA masks instead of gathering
 
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 
         cache = dict(cache)
         window, cache["window"] = _extend_window(
-            cache["window"], kv_BTH, index, chunk, num, self.shards
+            cache["window"], kv_BTH, index, chunk, cfg, num, self.shards
         )
         query = None
         if self.ratio:
@@ -84,7 +85,7 @@ class Attention(nn.Module):
             return self._attend_shared(q_BTNH, window, chunk, cache, index, query, turn)
         cache, index = context.local_cache(cache, index, shards)
         if num.kernels:
-            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            recent_BSH = None if window.is_ring else window.rows_BSH
             args = (chunk, cache, index, query, self.ratio, turn, cfg, num)
             try:
                 return kernels.attend(q_BTNH, recent_BSH, sink_N, *args)
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         """Attention output of tokens that every shard of a context has, turned back."""
         cfg, num, shards, sink_N = self.cfg, self.num, self.shards, self.weights["sink"]
         if num.kernels:
-            recent_BSH = None if q_BTNH.shape[1] == 1 else window.rows_BSH
+            recent_BSH = None if window.is_ring else window.rows_BSH
             args = (chunk, cache, index, query, self.ratio, turn, cfg, num, shards)
             return kernels.attend_shared(q_BTNH, recent_BSH, sink_N, *args)
         args = (chunk, cache, index, query, self.ratio, cfg, num, shards)
@@ -205,10 +206,14 @@ def round_index(x: Array, num: Numerics) -> Array:
 
 
 class Window(NamedTuple):
-    """Rows around a chunk's queries and their positions; negative where there is no row."""
+    """Rows around a chunk's queries and their positions; negative where there is no row.
+
+    is_ring: they are the ring with the chunk in it, as it lies.
+    """
 
     rows_BSH: Array
     position_BS: Array
+    is_ring: bool = False
 
 
 def _extend_window(
@@ -216,19 +221,21 @@ def _extend_window(
     kv_BTH: Array,
     index: Array,
     chunk: Chunk,
+    cfg: ModelConfig,
     num: Numerics,
     shards: Shards = SINGLE,
 ) -> tuple[Window, store.Rows]:
     """The window in front of the chunk followed by the chunk's rows, and the advanced ring.
 
-    Of a single token the window is the advanced ring as it lies: nothing is moved.
+    Of a token, or as many as the ring has room for beside the window, it is the advanced ring as it
+    lies: nothing is moved, and a row's place depends on its position alone.
     """
     length, fresh = store.num_rows(ring), kv_BTH.shape[1]
     place, pos_B, count_B = chunk.place(index), chunk.pos_B, chunk.count_B
-    if fresh == 1:
-        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH[:, 0], num.kernels)
+    if store.can_push(ring, fresh, cfg.window) and not shards.split:
+        ring = store.ring_push(ring, place, pos_B, count_B, kv_BTH, num.kernels)
         rows_BSH = store.ring_rows(ring, place, num.jnp_dtype)
-        return Window(rows_BSH, store.ring_positions(ring, pos_B)), ring
+        return Window(rows_BSH, store.ring_positions(ring, pos_B + fresh - 1), True), ring
     history = store.ring_history(ring, place, pos_B, length, num.jnp_dtype)
     recent_BSH = jnp.concatenate([context.history(history, kv_BTH, shards), kv_BTH], axis=1)
     ring = context.write_ring(ring, place, chunk, recent_BSH, shards, num.kernels)
@@ -257,7 +264,8 @@ def attend_chunk(
         edges = [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2)
         return jnp.pad(a, edges, constant_values=-1) if pad else a
 
-    q_BTNH, window = padded(q_BTNH), Window(*map(padded, window))
+    q_BTNH = padded(q_BTNH)
+    window = Window(padded(window.rows_BSH), padded(window.position_BS))
     if query is not None:
         query = indexer.IndexQuery(padded(query.q_BTIJ), padded(query.w_BTI))
     attend_tile = partial(_attend_tile, window, sink_N, chunk, cache, index, ratio, cfg, num, tiles)
@@ -294,15 +302,13 @@ def _attend_tile(
     """Queries `begin` … `begin + tile` of the chunk over window and compressed rows."""
     tile = q_BTNH.shape[1]
     span = window.rows_BSH.shape[1] - (tiles - 1) * tile  # what the tile's queries may see
-    rows_BSH, position_BS = (lax.dynamic_slice_in_dim(a, begin, span, axis=1) for a in window)
+    rows_BSH, position_BS = (lax.dynamic_slice_in_dim(a, begin, span, axis=1) for a in window[:2])
     query_BT = chunk.pos_B[:, None] + begin + jnp.arange(tile)[None]
     ago_BTS = query_BT[:, :, None] - position_BS[:, None]
     mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (position_BS >= 0)[:, None]
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, rows_BSH, mask_BTS, num)
     if ratio:
-        steps = (begin + jnp.arange(tile))[None]
-        visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
-        visible_BT = jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
+        visible_BT = chunk.visible(begin + jnp.arange(tile), ratio)
         rows, place = cache["rows"], chunk.place(index)
         if query is None:
             state = _absorb_visible(state, q_BTNH, rows, place, visible_BT, None, num)
@@ -330,15 +336,14 @@ def attend_shared(
 
     The window counts on the first shard alone.
     """
-    steps = jnp.arange(q_BTNH.shape[1])[None]
-    query_BT = chunk.pos_B[:, None] + steps
+    steps_T = jnp.arange(q_BTNH.shape[1])
+    query_BT = chunk.pos_B[:, None] + steps_T[None]
     ago_BTS = query_BT[:, :, None] - window.position_BS[:, None]
     mask_BTS = (ago_BTS >= 0) & (ago_BTS < cfg.window) & (window.position_BS >= 0)[:, None]
     mask_BTS &= shards.rank("context") == 0
     state = attend.absorb(attend.start(q_BTNH), q_BTNH, window.rows_BSH, mask_BTS, num)
     if ratio:
-        visible_BT = jnp.where(steps < chunk.count_B[:, None], (query_BT + 1) // ratio, 0)
-        visible_BT = context.rows_before(visible_BT, shards)
+        visible_BT = context.rows_before(chunk.visible(steps_T, ratio), shards)
         rows, place, mask_BTC = cache["rows"], chunk.place(index), None
         if query is not None:
             scores = indexer.score_rows(query, cache["keys"], place, visible_BT, num)
@@ -415,7 +420,7 @@ def _absorb_selected(
         return attend.SoftmaxState(*(jnp.where(is_short, few, many) for few, many in both))
 
     def sparse(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        if q_BTNH.shape[1] == 1:
+        if q_BTNH.shape[1] <= FEW_QUERIES:
             return by_sequence(state)
         if capacity <= DENSE_FACTOR * keep:
             return masked(state)

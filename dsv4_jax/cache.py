@@ -6,9 +6,6 @@ the whole stack in its carry and update it in place.
 
 Position p of a sequence lives in ring slot p mod (ring length). Row j of the compressed rows covers
 tokens [j·r, (j+1)·r).
-
-Eight- and sixteen-bit floats are kept as unsigned integers of the same bits: every backend updates
-integers in place, while some would widen a whole cache of small floats to write one row.
 """
 
 from __future__ import annotations
@@ -24,57 +21,19 @@ from jax import Array, lax
 
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quant import (
-    FP4_BLOCK,
-    KV_BLOCK,
-    dequantize_fp8,
-    pack_fp4,
-    quantize_fp4,
-    quantize_fp8,
-    unpack_fp4,
-)
+from dsv4_jax.row_format import PackedKeys as PackedKeys
+from dsv4_jax.row_format import PackedRows as PackedRows
+from dsv4_jax.row_format import Rows, empty_keys, empty_rows, pack, unpack
 from dsv4_jax.schedule import layer_groups
 from pallas_kernels.row_update.api import update_rows
 from sharding.shards import SINGLE, Shards
 
-E8M0_ONE = 127  # bits of the scale 1
 ROW_TILE = 512  # compressed rows that one step of an attention or scoring loop reads
 KERNEL_TILE = 1024  # the same of kernels; an eighth of it is the least they read
 COLUMN_TILE = 128  # rows that a kernel rewrites together
-SCALE_BYTES = 4  # whole words: XLA on TPU copies arrays of other widths before a kernel
+RING_UNIT = 8  # spare ring entries come in so many
 
 LayerCache = dict[str, Any]
-
-
-@struct.dataclass
-class PackedRows:
-    """KV rows as the checkpoint's training rounded them: 448 FP8 + 7 scales + 64 bfloat16 each.
-
-    Bytes. values: float8_e4m3fn `[..., H-R]`, then bfloat16, low byte first: `[..., H-R + 2·R]`.
-    scales: float8_e8m0fnu `[..., ⌈(H-R)/64⌉]`, filled up to whole words, 8 bytes, where kernels
-    read them. An array of 16-bit values apart would be copied by some TPUs: they tile it otherwise
-    than kernels do.
-    """
-
-    values: Array
-    scales: Array
-    rope_dim: int = struct.field(pytree_node=False)
-
-    @property
-    def still(self) -> int:
-        """Channels in FP8."""
-        return self.values.shape[-1] - 2 * self.rope_dim
-
-
-@struct.dataclass
-class PackedKeys:
-    """Index keys in FP4: codes `[..., J/2]`, bits of float8_e8m0fnu scales `[..., ⌈J/32⌉]`."""
-
-    codes: Array
-    scales: Array
-
-
-Rows = Array | PackedRows | PackedKeys
 
 
 @struct.dataclass
@@ -102,10 +61,12 @@ def init_cache(
     num: Numerics,
     scan: bool = True,
     shards: Shards = SINGLE,
+    spare: int = 0,
 ) -> Cache:
     """Empty state for `batch` sequences of up to `max_len` tokens.
 
     shards: over how many devices the rows of a sequence are to be split, in whole blocks.
+    spare: of the newest tokens so many may be taken back: see `spare_tokens`.
 
     Raises:
         ValueError: `max_len` is not positive or exceeds what the model was made for.
@@ -121,11 +82,17 @@ def init_cache(
             rows = -(-rows // row_unit(rows)) * row_unit(rows)
         return batch, rows * parts
 
-    return _init(cfg, batch, rows_of, num, scan)
+    return _init(cfg, batch, rows_of, num, scan, spare)
 
 
 def init_paged_cache(
-    cfg: ModelConfig, slots: int, pages: int, page_tokens: int, num: Numerics, scan: bool = True
+    cfg: ModelConfig,
+    slots: int,
+    pages: int,
+    page_tokens: int,
+    num: Numerics,
+    scan: bool = True,
+    spare: int = 0,
 ) -> Cache:
     """Shared state of a serving engine: ring slots, and a pool of pages of compressed rows.
 
@@ -140,7 +107,7 @@ def init_paged_cache(
     def rows_of(ratio: int) -> tuple[int, int]:
         return pages, page_tokens // ratio
 
-    return _init(cfg, slots, rows_of, num, scan)
+    return _init(cfg, slots, rows_of, num, scan, spare)
 
 
 def page_unit(cfg: ModelConfig) -> int:
@@ -165,15 +132,21 @@ def _init(
     rows_of: Callable[[int], tuple[int, int]],
     num: Numerics,
     scan: bool,
+    spare: int,
 ) -> Cache:
+    more = -(-spare // RING_UNIT) * RING_UNIT
+    window = cfg.window + more
+    if spare and num.kernels and num.packed_cache:
+        window = -(-window // COLUMN_TILE) * COLUMN_TILE
+
     def layer(ratio: int, repeats: int) -> LayerCache:
-        cache: LayerCache = {"window": _empty_rows(cfg, (repeats, slots, cfg.window), num)}
+        cache: LayerCache = {"window": empty_rows(cfg, (repeats, slots, window), num)}
         if ratio:
-            cache["rows"] = _empty_rows(cfg, (repeats, *rows_of(ratio)), num)
-            cache["ring"] = _empty_ring((repeats, slots), ratio, cfg.head_dim)
+            cache["rows"] = empty_rows(cfg, (repeats, *rows_of(ratio)), num)
+            cache["ring"] = _empty_ring((repeats, slots), ratio, cfg.head_dim, more)
         if ratio == CSA:
-            cache["keys"] = _empty_keys(cfg, (repeats, *rows_of(ratio)), num)
-            cache["key_ring"] = _empty_ring((repeats, slots), ratio, cfg.index_dim)
+            cache["keys"] = empty_keys(cfg, (repeats, *rows_of(ratio)), num)
+            cache["key_ring"] = _empty_ring((repeats, slots), ratio, cfg.index_dim, more)
         return cache
 
     return Cache(
@@ -187,89 +160,16 @@ def _init(
     )
 
 
-def _empty_ring(lead: tuple[int, int], ratio: int, row_dim: int) -> dict[str, Array]:
+def pooled_tokens(ratio: int) -> int:
+    """Tokens that a compressed row pools; windows of ratio 4 overlap."""
+    return (2 if ratio == CSA else 1) * ratio
+
+
+def _empty_ring(lead: tuple[int, int], ratio: int, row_dim: int, more: int) -> dict[str, Array]:
     """Compressor inputs of the open window (and the one before it where windows overlap)."""
-    overlap = 2 if ratio == CSA else 1
-    shape = (*lead, overlap * ratio, overlap * row_dim)
+    pooled = pooled_tokens(ratio)
+    shape = (*lead, pooled + more, pooled // ratio * row_dim)
     return {"values": jnp.zeros(shape, jnp.float32), "scores": jnp.zeros(shape, jnp.float32)}
-
-
-def _empty_rows(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
-    if not num.packed_cache:
-        return _bits(jnp.zeros((*lead, cfg.head_dim), num.jnp_dtype))
-    still = cfg.head_dim - cfg.rope_dim
-    return PackedRows(
-        values=jnp.zeros((*lead, still + 2 * cfg.rope_dim), jnp.uint8),
-        scales=jnp.full((*lead, _scale_bytes(still, num)), E8M0_ONE, jnp.uint8),
-        rope_dim=cfg.rope_dim,
-    )
-
-
-def _scale_bytes(channels: int, num: Numerics) -> int:
-    """Bytes for the scales of this many FP8 channels; whole words where kernels read them."""
-    scales = -(-channels // KV_BLOCK)
-    return -(-scales // SCALE_BYTES) * SCALE_BYTES if num.kernels else scales
-
-
-def _empty_keys(cfg: ModelConfig, lead: tuple[int, ...], num: Numerics) -> Rows:
-    if not num.packed_cache:
-        return _bits(jnp.zeros((*lead, cfg.index_dim), num.jnp_dtype))
-    return PackedKeys(
-        codes=jnp.zeros((*lead, cfg.index_dim // 2), jnp.uint8),
-        scales=jnp.full((*lead, -(-cfg.index_dim // FP4_BLOCK)), E8M0_ONE, jnp.uint8),
-    )
-
-
-def _bits(x: Array) -> Array:
-    """Small floats as unsigned integers of the same bits; other arrays unchanged."""
-    width = x.dtype.itemsize
-    return lax.bitcast_convert_type(x, f"uint{8 * width}") if width < 4 else x
-
-
-def _floats(x: Array, dtype: str) -> Array:
-    return lax.bitcast_convert_type(x, jnp.dtype(dtype))
-
-
-def _to_bytes(x: Array) -> Array:
-    """bfloat16 `[..., R]` as uint8 `[..., 2·R]`, low byte first."""
-    both = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint8)
-    return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
-
-
-def _from_bytes(x: Array) -> Array:
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.bfloat16)
-
-
-def pack(like: Rows, x: Array) -> Rows:
-    """Values `[..., H]` (already rounded) in the storage form of `like`. Exact."""
-    if isinstance(like, PackedRows):
-        still = like.still
-        codes, scales = quantize_fp8(x[..., :still], KV_BLOCK)
-        bits = _bits(scales.astype(jnp.float8_e8m0fnu))
-        spare = like.scales.shape[-1] - bits.shape[-1]
-        bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, spare)], constant_values=E8M0_ONE)
-        values = jnp.concatenate([_bits(codes), _to_bytes(x[..., still:])], axis=-1)
-        return PackedRows(values, bits, like.rope_dim)
-    if isinstance(like, PackedKeys):
-        values, scales = quantize_fp4(x)
-        return PackedKeys(pack_fp4(values), _bits(scales.astype(jnp.float8_e8m0fnu)))
-    return _bits(x)
-
-
-def unpack(rows: Rows, dtype: jnp.dtype) -> Array:
-    """Values of stored rows or keys `[..., H]`."""
-    if isinstance(rows, PackedRows):
-        scales = _floats(rows.scales[..., : -(-rows.still // KV_BLOCK)], "float8_e8m0fnu")
-        codes = _floats(rows.values[..., : rows.still], "float8_e4m3fn")
-        still = dequantize_fp8(codes, scales, KV_BLOCK).astype(dtype)
-        rest = _from_bytes(rows.values[..., rows.still :]).astype(dtype)
-        return jnp.concatenate([still, rest], axis=-1)
-    if isinstance(rows, PackedKeys):
-        values = unpack_fp4(rows.codes)
-        scales = _floats(rows.scales, "float8_e8m0fnu").astype(jnp.float32)
-        scales = jnp.repeat(scales, FP4_BLOCK, axis=-1)
-        return (values * scales[..., : values.shape[-1]]).astype(dtype)
-    return (_floats(rows, "bfloat16") if rows.dtype == jnp.uint16 else rows).astype(dtype)
 
 
 class Place(NamedTuple):
@@ -431,26 +331,39 @@ def ring_positions(ring: Rows, last_B: Array) -> Array:
     return last_B[:, None] - (last_B[:, None] - jnp.arange(length)[None]) % length
 
 
+def can_push(ring: Rows, fresh: int, seen: int) -> bool:
+    """Whether `fresh` entries may be put into a ring before anything is read from it.
+
+    seen: entries that each of them looks back on, itself included.
+    """
+    return num_rows(ring) >= seen + fresh - 1
+
+
 def ring_push(
     ring: Rows,
     place: Place,
     pos_B: Array,
     count_B: Array,
-    new_BH: Array,
+    new_BTH: Array,
     kernels: str | None = None,
 ) -> Rows:
-    """Puts one entry at position `pos_B` where `count_B` is not 0."""
-    length, slots = num_rows(ring), place.slots(len(pos_B))
+    """Puts the first `count_B` of a few entries at positions `pos_B`, `pos_B` + 1, …"""
+    length, slots, fresh = num_rows(ring), place.slots(len(pos_B)), new_BTH.shape[1]
+    new = pack(ring, new_BTH)
     if _by_kernel(ring, kernels):
-        new, entry_B = pack(ring, new_BH[:, None]), pos_B % length
-        return _put_columns(ring, place, slots[:, None], entry_B, count_B > 0, new, kernels)
-    entry_B = jnp.where(count_B > 0, pos_B % length, length)  # out of range: dropped
+        for t in range(fresh):  # each may lie behind the ring's end, at its start
+            one, entry_B = jax.tree.map(lambda a, t=t: a[:, t : t + 1], new), (pos_B + t) % length
+            ring = _put_columns(ring, place, slots[:, None], entry_B, count_B > t, one, kernels)
+        return ring
+    steps = jnp.arange(fresh)[None]
+    entry_BT = (pos_B[:, None] + steps) % length
+    entry_BT = jnp.where(steps < count_B[:, None], entry_BT, length)  # out of range: dropped
 
     def put(a: Array, new: Array) -> Array:
-        return a.at[place.layer, slots, entry_B].set(new, mode="drop")
+        return a.at[place.layer, slots[:, None], entry_BT].set(new, mode="drop")
 
     # kept apart: fused into its readers, the update would be made in a copy for each of them
-    return lax.optimization_barrier(jax.tree.map(put, ring, pack(ring, new_BH)))
+    return lax.optimization_barrier(jax.tree.map(put, ring, new))
 
 
 def ring_write(

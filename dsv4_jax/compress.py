@@ -42,6 +42,12 @@ class Chunk(NamedTuple):
         """Where these sequences live in the caches of layer `index` of a group."""
         return store.Place(index, self.slots_B, self.table_BP)
 
+    def visible(self, steps_T: Array, ratio: int) -> Array:
+        """Compressed rows that tokens `steps_T` of the chunk may see, `[B, T]`; none of padding."""
+        steps = steps_T[None]
+        rows_BT = (self.pos_B[:, None] + steps + 1) // ratio
+        return jnp.where(steps < self.count_B[:, None], rows_BT, 0)
+
 
 class NewRows(NamedTuple):
     """Rows that a chunk completes: the first `count_B` of `rows_BCH`, starting at row `first_B`."""
@@ -87,7 +93,8 @@ def compress(
         positions_BC = (first_B[:, None] + jnp.arange(rows_BCd.shape[1])[None]) * ratio
         return rotate(rows_BCH, rotation(freqs, positions_BC), num)
 
-    if fresh == 1 and num.kernels:
+    has_spare = store.num_rows(ring["values"]) > store.pooled_tokens(ratio)
+    if fresh == 1 and num.kernels and not has_spare:
         try:
             step = compress_step(
                 ring["values"],
@@ -107,17 +114,17 @@ def compress(
             if num.implementation is not None:
                 raise
     new = {"values": values_BTd, "scores": scores_BTd}
-    recent, ring = _advance(ring, new, place, chunk, ratio, shards)
+    windows, ring = _advance(ring, new, place, chunk, ratio, shards)
     num_new = -(-fresh // ratio)
 
     def finished(_) -> Array:
         if fresh > 1 and num.kernels:
             try:
-                return finish(_pool_by_kernel(recent(), chunk.pos_B, num_new, ratio, num))
+                return finish(_pool_by_kernel(windows, chunk.pos_B, num_new, ratio, num))
             except NotImplementedError:
                 if num.implementation is not None:
                     raise
-        return finish(_pool_windows(recent(), chunk.pos_B, num_new, ratio, row_dim))
+        return finish(_pool_windows(windows, chunk.pos_B, num_new, ratio, row_dim))
 
     if fresh >= ratio:
         return NewRows(finished(None), first_B, count_B), ring
@@ -127,15 +134,7 @@ def compress(
     return NewRows(rows_BCH, first_B, count_B), ring
 
 
-class Recent(NamedTuple):
-    """Projected tokens `[B, n, d]` that new rows may pool, float32; the first stands at start_B.
-
-    start_B None: they are exactly the windows of the one row that a single token may complete.
-    """
-
-    values: Array
-    scores: Array
-    start_B: Array | None
+Windows = Callable[[int], tuple[Array, Array]]  # values and scores of so many, the first needed
 
 
 def _advance(
@@ -145,33 +144,47 @@ def _advance(
     chunk: Chunk,
     ratio: int,
     shards: Shards,
-) -> tuple[Callable[[], Recent], dict[str, Any]]:
-    """A way to read the ring's history with the chunk behind it, and the advanced ring."""
+) -> tuple[Windows, dict[str, Any]]:
+    """A way to read windows `[B, n, ratio, d]`, float32, with the chunk in them; and the new ring.
+
+    The first is the first that the row of the chunk's first token pools.
+    """
+    fresh, pooled = new["values"].shape[1], store.pooled_tokens(ratio)
     length, pos_B, count_B = store.num_rows(ring["values"]), chunk.pos_B, chunk.count_B
-
-    def before(name: str) -> Array:
-        old = store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
-        return context.history(old, new[name], shards)
-
-    if new["values"].shape[1] == 1:
+    first_B = pos_B - pos_B % ratio - (pooled - ratio)
+    if store.can_push(ring["values"], fresh, pooled) and not shards.split:
         ring = {
-            name: store.ring_push(ring[name], place, pos_B, count_B, new[name][:, 0])
-            for name in ring
+            name: store.ring_push(ring[name], place, pos_B, count_B, new[name]) for name in ring
         }
-        return lambda: _windows_of(ring, place, pos_B, ratio), ring
-    recent = Recent(
-        jnp.concatenate([before("values"), new["values"]], axis=1),
-        jnp.concatenate([before("scores"), new["scores"]], axis=1),
-        pos_B - length,
-    )
+        if length == pooled:
+            return lambda _: _whole_ring(ring, place, pos_B, ratio), ring
+        return lambda count: _from_ring(ring, place, first_B, count, ratio), ring
+
+    def recent(name: str) -> Array:
+        old = store.ring_history(ring[name], place, pos_B, length, jnp.dtype("float32"))
+        return jnp.concatenate([context.history(old, new[name], shards), new[name]], axis=1)
+
+    recents = {name: recent(name) for name in ring}
     ring = {
-        name: context.write_ring(ring[name], place, chunk, getattr(recent, name), shards)
-        for name in ring
+        name: context.write_ring(ring[name], place, chunk, recents[name], shards) for name in ring
     }
-    return lambda: recent, ring
+
+    def cut(name: str, count: int) -> Array:
+        a, span = recents[name], count * ratio
+        padded = jnp.pad(a, ((0, 0), (0, max(span + ratio - a.shape[1], 0)), (0, 0)))
+        pick = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
+        return _in_windows(pick(padded, first_B - pos_B + length), ratio)
+
+    return lambda count: (cut("values", count), cut("scores", count)), ring
 
 
-def _windows_of(ring: dict[str, Any], place: store.Place, pos_B: Array, ratio: int) -> Recent:
+def _in_windows(a: Array, ratio: int) -> Array:
+    return a.reshape(a.shape[0], -1, ratio, a.shape[-1])
+
+
+def _whole_ring(
+    ring: dict[str, Any], place: store.Place, pos_B: Array, ratio: int
+) -> tuple[Array, Array]:
     """The ring in the order of the row that ends with position `pos_B`, if one does.
 
     The ring holds one window, which lies in order, or two, of which the later may come first.
@@ -181,21 +194,34 @@ def _windows_of(ring: dict[str, Any], place: store.Place, pos_B: Array, ratio: i
 
     def read(name: str) -> Array:
         a = store.ring_rows(ring[name], place, jnp.dtype("float32"))
-        if length == ratio:
-            return a
-        return jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
+        if length > ratio:
+            a = jnp.where(swapped[:, None, None], jnp.roll(a, length // 2, axis=1), a)
+        return _in_windows(a, ratio)
 
-    return Recent(read("values"), read("scores"), None)
+    return read("values"), read("scores")
 
 
-def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:
+def _from_ring(
+    ring: dict[str, Any], place: store.Place, first_B: Array, count: int, ratio: int
+) -> tuple[Array, Array]:
+    """`count` windows from position `first_B` on; windows not complete yet hold garbage."""
+
+    def read(name: str) -> Array:
+        span, dtype = count * ratio, jnp.dtype("float32")
+        rows = store.ring_history(ring[name], place, first_B + span, span, dtype)
+        return _in_windows(rows, ratio)
+
+    return read("values"), read("scores")
+
+
+def _pool_windows(windows: Windows, pos_B: Array, num_new: int, ratio: int, row_dim: int) -> Array:
     """Pools `num_new` windows from the one that holds `pos_B` on: float32 `[B, num_new, row_dim]`.
 
     With overlap (ratio 4) a row also pools the window before its own: the first half of the
     channels speaks for the next window, the second half for the own one.
     """
-    overlap = 2 if ratio == CSA else 1
-    values, scores = _windows_from(recent, pos_B, num_new + overlap - 1, ratio)
+    overlap = store.pooled_tokens(ratio) // ratio
+    values, scores = windows(num_new + overlap - 1)
     if overlap == 1:
         return pool(values, scores)
     has_previous = (pos_B[:, None] // ratio + jnp.arange(num_new)[None]) > 0
@@ -206,27 +232,13 @@ def _pool_windows(recent: Recent, pos_B: Array, num_new: int, ratio: int, row_di
     )
 
 
-def _windows_from(recent: Recent, pos_B: Array, count: int, ratio: int) -> tuple[Array, Array]:
-    """Values and scores of `count` windows `[B, count, ratio, d]`, the first that a row needs."""
-    overlap, span = 2 if ratio == CSA else 1, count * ratio
-    first_B = pos_B - pos_B % ratio - (overlap - 1) * ratio
-    begin_B = None if recent.start_B is None else first_B - recent.start_B
-
-    def windows(a: Array) -> Array:
-        if begin_B is None:
-            return a.reshape(len(pos_B), -1, ratio, a.shape[-1])
-        padded = jnp.pad(a, ((0, 0), (0, max(span + ratio - a.shape[1], 0)), (0, 0)))
-        cut = jax.vmap(lambda row, begin: lax.dynamic_slice_in_dim(row, begin, span))
-        return cut(padded, begin_B).reshape(len(pos_B), -1, ratio, a.shape[-1])
-
-    return windows(recent.values), windows(recent.scores)
-
-
-def _pool_by_kernel(recent: Recent, pos_B: Array, num_new: int, ratio: int, num: Numerics) -> Array:
+def _pool_by_kernel(
+    windows: Windows, pos_B: Array, num_new: int, ratio: int, num: Numerics
+) -> Array:
     """`_pool_windows`, with windows in pairs where they overlap: the kernel takes tokens in 8s."""
     overlaps = ratio == CSA
     count = -(-(num_new + 1) // 2) * 2 if overlaps else num_new
-    values, scores = _windows_from(recent, pos_B, count, ratio)
+    values, scores = windows(count)
     flat = len(pos_B), count * ratio, values.shape[-1]
     rows = pool_windows(
         values.reshape(flat),

@@ -63,9 +63,9 @@ def attend(
 ) -> Array:
     """Attention output `[B, T, N, H]` of a chunk, turned back by `turn`.
 
-    recent_BSH: the window before the chunk, then the chunk; None: one token, in the ring already.
+    recent_BSH: the window before the chunk, then the chunk; None: both are in the ring.
     """
-    window = _window(recent_BSH, chunk, cache, index, q_BTNH.shape[1], cfg)
+    window = _window(recent_BSH, chunk, cache, index, q_BTNH.shape[1], cfg, num)
     compressed = None
     if ratio:
         compressed = _compressed(chunk, q_BTNH.shape[1], cache, index, query, ratio, cfg, num)
@@ -95,16 +95,18 @@ def attend_shared(
 ) -> Array:
     """`attend` where each shard of a context has rows of its own; the first one has the window."""
     fresh = q_BTNH.shape[1]
-    window = _window(recent_BSH, chunk, cache, index, fresh, cfg)
+    window = _window(recent_BSH, chunk, cache, index, fresh, cfg, num)
     stop_BT = jnp.where(shards.rank("context") == 0, window.stop_BT, 0)
     start_BT = jnp.minimum(window.start_BT, stop_BT)
     compressed = None
     if ratio:
-        visible_BT = context.rows_before(_visible(chunk, fresh, ratio), shards)
+        visible_BT = context.rows_before(chunk.visible(jnp.arange(fresh), ratio), shards)
         words = None
         if query is not None:
             words = _shared_choice(query, cache["keys"], visible_BT, chunk, index, cfg, num, shards)
-        compressed = sparse_attention.Compressed(_rows(cache["rows"]), visible_BT, index, words)
+        compressed = sparse_attention.Compressed(
+            _rows(cache["rows"]), visible_BT, index, words, keep=cfg.index_topk
+        )
     out_BTNH, log_BTN = sparse_attention.partial_attention(
         q_BTNH,
         window._replace(start_BT=start_BT, stop_BT=stop_BT),
@@ -169,20 +171,18 @@ def _window(
     index: Array,
     fresh: int,
     cfg: ModelConfig,
+    num: Numerics,
 ) -> sparse_attention.Window:
     ring = cache["window"]
+    if recent_BSH is None and (fresh > 1 or store.num_rows(ring) > cfg.window):
+        # a longer ring holds more than may be seen, and kernels take one run of rows
+        end_B, seen = chunk.pos_B + fresh, cfg.window + fresh - 1
+        recent_BSH = store.ring_history(ring, chunk.place(index), end_B, seen, num.jnp_dtype)
     if recent_BSH is None:
         bounds = sparse_attention.window_bounds(chunk.pos_B, 1, store.num_rows(ring), cfg.window)
         return sparse_attention.Window(_rows(ring), *bounds, index, chunk.slots_B)
     bounds = sparse_attention.window_bounds(chunk.pos_B, fresh, recent_BSH.shape[1], cfg.window)
     return sparse_attention.Window(recent_BSH[None], *bounds)
-
-
-def _visible(chunk: Chunk, fresh: int, ratio: int) -> Array:
-    """Compressed rows that each query may see: `[B, T]`."""
-    steps = jnp.arange(fresh)[None]
-    visible_BT = (chunk.pos_B[:, None] + steps + 1) // ratio
-    return jnp.where(steps < chunk.count_B[:, None], visible_BT, 0)
 
 
 def _compressed(
@@ -196,7 +196,7 @@ def _compressed(
     num: Numerics,
 ) -> sparse_attention.Compressed:
     """The rows that each query sees: all visible ones, or of those the indexer's choice."""
-    visible_BT = _visible(chunk, fresh, ratio)
+    visible_BT = chunk.visible(jnp.arange(fresh), ratio)
     rows, layer, table_BP = _nested(cache["rows"], index, chunk.table_BP)
     words = None
     if query is not None and store.row_room(cache["rows"], chunk.place(index)) > cfg.index_topk:
@@ -212,7 +212,9 @@ def _compressed(
             rounded=num.packed_cache,
             implementation=num.kernels,  # type: ignore[arg-type]
         )
-    return sparse_attention.Compressed(_rows(rows), visible_BT, layer, words, None, table_BP)
+    return sparse_attention.Compressed(
+        _rows(rows), visible_BT, layer, words, table_BP, cfg.index_topk
+    )
 
 
 def _keys(keys: store.Rows) -> index_topk.FP4Keys | Array:

@@ -216,6 +216,23 @@ def sample_rows(
     words_BW: uint32 masks. uses_SV: see `count_uses`; row b has entry slots_B[b], which is read
     only if the row penalizes.
     """
+    logits_BV = adjust(logits_BV, knobs, words_BW, uses_SV, slots_B)
+    keys_B = jax.random.wrap_key_data(knobs.keys_B2)
+    return draw(
+        logits_BV,
+        keys_B,
+        positions_B,
+        knobs.temperature_B,
+        knobs.top_p_B,
+        knobs.top_k_B,
+        knobs.min_p_B,
+    )
+
+
+def adjust(
+    logits_BV: Array, knobs: Knobs, words_BW: Array, uses_SV: Array, slots_B: Array
+) -> Array:
+    """Logits after masks, bias and penalties; see `sample_rows`."""
     has_bias = (knobs.bias_BJ != 0).any()
     penalizes = (knobs.presence_B != 0) | (knobs.frequency_B != 0) | (knobs.repetition_B != 1)
     masked = (words_BW != jnp.uint32(EVERYTHING)).any()
@@ -230,17 +247,25 @@ def sample_rows(
 
     # apart: most rows of a server have a mask, few ask for more
     logits_BV = lax.cond(masked, mask, lambda x: x, logits_BV)
-    logits_BV = lax.cond(has_bias | penalizes.any(), change, lambda x: x, logits_BV)
-    keys_B = jax.random.wrap_key_data(knobs.keys_B2)
-    return draw(
-        logits_BV,
-        keys_B,
-        positions_B,
-        knobs.temperature_B,
-        knobs.top_p_B,
-        knobs.top_k_B,
-        knobs.min_p_B,
-    )
+    return lax.cond(has_bias | penalizes.any(), change, lambda x: x, logits_BV)
+
+
+def chances(logits_BV: Array, knobs: Knobs) -> Array:
+    """Probabilities float32 `[B, V]` with which rows draw from logits that `adjust` returned."""
+    best_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[1])
+    scaled_BV = logits_BV / jnp.maximum(knobs.temperature_B, 1e-6)[:, None]
+    kept_BV = _truncated(scaled_BV, knobs.top_p_B, knobs.top_k_B, knobs.min_p_B)
+    return jnp.where(knobs.temperature_B[:, None] > 0, jax.nn.softmax(kept_BV, axis=-1), best_BV)
+
+
+def _truncated(scaled_BV: Array, top_p_B: Array, top_k_B: Array, min_p_B: Array) -> Array:
+    truncates_B = (top_p_B < 1) | (top_k_B > 0) | (min_p_B > 0)
+
+    def truncate(x_BV: Array) -> Array:
+        kept_BV = jax.vmap(_truncate)(x_BV, top_p_B, top_k_B, min_p_B)
+        return jnp.where(truncates_B[:, None], kept_BV, x_BV)
+
+    return lax.cond(truncates_B.any(), truncate, lambda x: x, scaled_BV)
 
 
 def _bits(words_BW: Array, size: int) -> Array:
@@ -256,7 +281,7 @@ def _penalized(x_BV: Array, uses_BV: Array, penalizes_B: Array, knobs: Knobs) ->
     repeated_BV = jnp.where(x_BV > 0, x_BV / repetition_B1, x_BV * repetition_B1)
     new_BV = jnp.where(uses_BV > 0, repeated_BV, x_BV)
     new_BV = new_BV - knobs.frequency_B[:, None] * count_BV
-    new_BV = new_BV - knobs.presence_B[:, None] * (count_BV > 0)
+    new_BV = new_BV - knobs.presence_B[:, None] * (count_BV > 0).astype(jnp.float32)
     return jnp.where(penalizes_B[:, None], new_BV, x_BV)
 
 
@@ -278,13 +303,7 @@ def draw(
 
     def drawn(_) -> Array:
         scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
-        truncates_B = (top_p_B < 1) | (top_k_B > 0) | (min_p_B > 0)
-
-        def truncate(x_BV: Array) -> Array:
-            kept_BV = jax.vmap(_truncate)(x_BV, top_p_B, top_k_B, min_p_B)
-            return jnp.where(truncates_B[:, None], kept_BV, x_BV)
-
-        kept_BV = lax.cond(truncates_B.any(), truncate, lambda x: x, scaled_BV)
+        kept_BV = _truncated(scaled_BV, top_p_B, top_k_B, min_p_B)
         noise_BV = jax.vmap(_noise, (0, 0, None))(keys_B, positions_B, logits_BV.shape[1])
         drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
         return jnp.where(temperature_B > 0, drawn_B, best_B)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels import aot
@@ -18,6 +18,7 @@ HEADER = (
     "| case | chip | VMEM MiB | SMEM KiB | MB moved | ÷ unavoidable | GFLOP | floor µs | set by |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+FOLDED = ("smem_bytes", "moved_bytes", "unavoidable_bytes", "flops")
 
 
 class Op(NamedTuple):
@@ -120,11 +121,42 @@ def _row(op: str, report: aot.Report, unavoidable: Callable[[str], int]) -> dict
     }
 
 
+def _failure(row: dict[str, Any]) -> str:
+    return "exceeds HBM" if "HbmOom" in row["error"] else row["error"].splitlines()[0][:120]
+
+
+def fold(rows: Iterable[dict[str, Any]]) -> str:
+    """A table with one line per case: per chip VMEM (MiB), floor time, and what sets it.
+
+    SMEM, bytes and FLOPs are the largest of all chips.
+    """
+    by_case: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_case.setdefault((row["op"], row["case"]), {})[row["chip"]] = row
+    chips = list(dict.fromkeys(chip for row in by_case.values() for chip in row))
+    head = ["case", "SMEM KiB", "MB moved", "÷ unavoidable", "GFLOP", *chips]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (op, case), found in by_case.items():
+        good = [row for row in found.values() if "error" not in row]
+        most = {name: max((row[name] for row in good), default=0) for name in FOLDED}
+        ratio = most["moved_bytes"] / (most["unavoidable_bytes"] or 1)
+        cells = [f"{op}: {case}", f"{most['smem_bytes'] / 2**10:.1f}"]
+        cells += [f"{most['moved_bytes'] / 1e6:.4g}", f"{ratio:.2f}", f"{most['flops'] / 1e9:.4g}"]
+        cells += [_chip_cell(found[chip]) if chip in found else "-" for chip in chips]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _chip_cell(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return _failure(row)
+    return f"{row['vmem_bytes'] / 2**20:.1f}, {row['floor_us']:.4g} µs {row['limit']}"
+
+
 def line(row: dict[str, Any]) -> str:
     """A row of the table under `HEADER`."""
     if "error" in row:
-        short = "exceeds HBM" if "HbmOom" in row["error"] else row["error"].splitlines()[0][:120]
-        return f"| {row['case']} | {row['chip']} | {short} | | | | | | |"
+        return f"| {row['case']} | {row['chip']} | {_failure(row)} | | | | | | |"
     cells = [
         f"{row['vmem_bytes'] / 2**20:.1f}",
         f"{row['smem_bytes'] / 2**10:.1f}",

@@ -4,7 +4,9 @@ python scripts/bench.py model
 python scripts/bench.py model --peer PYTHON    beside transformers, run by that Python
 python scripts/bench.py serve                  load on the demo server; --url: on any server
 python scripts/bench.py turns                  second turn of a long chat beside the first
+python scripts/bench.py restart                a long prompt again after a restart, from disk
 python scripts/bench.py engine                 the engine beside a bare decode loop
+python scripts/bench.py speculate --checkpoint DIR    guesses of the MTP block beside none
 python scripts/bench.py kernels                compiled for TPUs, bytes and floors; needs libtpu
 """
 
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     peer = "measure transformers too; a Python that has torch and transformers"
     model.add_argument("--peer", metavar="PYTHON", help=peer)
     model.add_argument("--json", action="store_true", help="one JSON object a case")
-    for add in (add_serve, add_turns, add_engine, add_kernels):
+    for add in (add_serve, add_turns, add_restart, add_engine, add_speculate, add_kernels):
         add(commands).add_argument("--json", action="store_true", help="JSON instead of a table")
     return ap
 
@@ -74,6 +76,14 @@ def add_turns(commands: Any) -> argparse.ArgumentParser:
     return turns
 
 
+def add_restart(commands: Any) -> argparse.ArgumentParser:
+    text = "first-token times of the demo for long prompts, cold and from the disk cache"
+    restart = commands.add_parser("restart", help=text, description=text)
+    restart.add_argument("--tokens", type=int, default=16384, metavar="N", help="of a prompt")
+    restart.add_argument("--repeats", type=int, default=3, metavar="N", help="prompts")
+    return restart
+
+
 def add_engine(commands: Any) -> argparse.ArgumentParser:
     text = "the engine's tokens per second ÷ those of a bare jitted decode loop, same batch"
     engine = commands.add_parser("engine", help=text, description=text)
@@ -85,6 +95,22 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     return engine
 
 
+def add_speculate(commands: Any) -> argparse.ArgumentParser:
+    text = "tokens per second of a stream with guesses of the MTP block ÷ without, in one run"
+    ahead = commands.add_parser("speculate", help=text, description=text)
+    made = "made by convert_hf.py; its guesses are only taken if it was trained"
+    ahead.add_argument("--checkpoint", required=True, metavar="DIR", help=made)
+    chats = 'lines of {"messages": …} (default: a few questions)'
+    ahead.add_argument("--chats", metavar="FILE", help=chats)
+    ahead.add_argument("--guesses", type=numbers, default=[1], metavar="K,K")
+    ahead.add_argument("--batches", type=numbers, default=[1, 8], metavar="B,B")
+    ahead.add_argument("--requests", type=int, default=24, metavar="N", help="of a turn")
+    ahead.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer, at most")
+    ahead.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    ahead.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each")
+    return ahead
+
+
 def add_kernels(commands: Any) -> argparse.ArgumentParser:
     text = "VMEM, SMEM, HBM bytes, FLOPs and floor of kernels and steps, by the TPU compiler"
     kernels = commands.add_parser("kernels", help=text, description=text)
@@ -93,6 +119,8 @@ def add_kernels(commands: Any) -> argparse.ArgumentParser:
     kernels.add_argument("--case", metavar="GLOB", help=cases)
     chips = "v5e, v5p, v6e or TPU7x (default: all); repeatable"
     kernels.add_argument("--chip", action="append", metavar="CHIP", help=chips)
+    fold = "one line per case, all chips side by side, when everything is compiled"
+    kernels.add_argument("--fold", action="store_true", help=fold)
     return kernels
 
 
@@ -147,6 +175,19 @@ def bench_turns(args: argparse.Namespace) -> None:
             run(url)
 
 
+def bench_restart(args: argparse.Namespace) -> None:
+    from functools import partial
+    from tempfile import TemporaryDirectory
+
+    from dsv4_jax.bench import serve, turns
+
+    with TemporaryDirectory() as folder:
+        room = ("--max-len", str(args.tokens + 2048), "--disk-cache", folder)
+        start = partial(serve.demo_server, *room)
+        figures = turns.measure_restart(start, args.tokens, args.repeats)
+    print(json.dumps(figures) if args.json else turns.restart_line(figures), flush=True)
+
+
 def bench_engine(args: argparse.Namespace) -> None:
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.numerics import Numerics
@@ -163,11 +204,38 @@ def bench_engine(args: argparse.Namespace) -> None:
         print(json.dumps(figures) if args.json else overhead.line(figures), flush=True)
 
 
+def bench_speculate(args: argparse.Namespace) -> None:
+    from dsv4_jax.bench import speculate
+    from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.accelerator import use_cpu_if_alone
+
+    use_cpu_if_alone()
+    if not args.json:
+        print(speculate.HEADER, flush=True)
+    for batch in args.batches:
+        for guesses in args.guesses:
+            figures = speculate.measure(
+                args.checkpoint,
+                Numerics(),
+                guesses,
+                batch,
+                args.chats,
+                args.requests,
+                args.tokens,
+                args.temperature,
+                args.repeats,
+            )
+            print(json.dumps(figures) if args.json else speculate.line(figures), flush=True)
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
     from pallas_kernels import aot, bench
 
     ops = bench.OPS | {"step": bench.Op("dsv4_jax.bench.step")}
     rows = bench.rows(ops, args.op or list(ops), args.chip or list(aot.CHIPS), args.case)
+    if args.fold:
+        print(bench.fold(rows))
+        return
     if not args.json:
         print(bench.HEADER, flush=True)
     for row in rows:
@@ -178,7 +246,9 @@ COMMANDS = {
     "model": bench_model,
     "serve": bench_serve,
     "turns": bench_turns,
+    "restart": bench_restart,
     "engine": bench_engine,
+    "speculate": bench_speculate,
     "kernels": bench_kernels,
 }
 

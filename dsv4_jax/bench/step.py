@@ -18,6 +18,7 @@ from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.presets import PRESETS
+from pallas_kernels.sparse_attention.api import live_groups
 
 NUM = Numerics("reference", "bfloat16", "pallas")
 SHORT = (0, 4, 128, 4, 128)  # compress ratios of a model with few layers: every kind, one scan
@@ -47,14 +48,20 @@ CASES = {
     "flash_decode_b64_8k_e32": Case("v4-flash", 64, 1, 8192, 32),
     "flash_decode_b64_8k_e128": Case("v4-flash", 64, 1, 8192, 128),
     "flash_decode_b8_128k_e8": Case("v4-flash", 8, 1, 131072, 8),
+    "flash_decode_b8_1m_e8": Case("v4-flash", 8, 1, 1048576, 8),
     "pro_decode_b64_8k_e8": Case("v4-pro", 64, 1, 8192, 8),
     "flash_prefill_t2048_8k_e8": Case("v4-flash", 1, 2048, 8192, 8),
     "flash_short_prefill_t512_8k_e8": Case("v4-flash", 1, 512, 8192, 8, True),
     # 5120 rows of CSA layers: no other size of these models
     "flash_short_decode_b64_20k_e8": Case("v4-flash", 64, 1, 20480, 8, True),
     "pro_short_decode_b64_20k_e8": Case("v4-pro", 64, 1, 20480, 8, True),
+    "flash_short_decode_b8_320k_e8": Case("v4-flash", 8, 1, 327680, 8, True),
 }
-REPRESENTATIVE = ("flash_short_decode_b64_20k_e8", "pro_short_decode_b64_20k_e8")
+REPRESENTATIVE = (
+    "flash_short_decode_b64_20k_e8",
+    "pro_short_decode_b64_20k_e8",
+    "flash_short_decode_b8_320k_e8",
+)
 
 
 def operands(case: Case) -> tuple[Any, Any, Any]:
@@ -86,7 +93,7 @@ def _size(tree: Any) -> int:
 
 
 def unavoidable_bytes(name: str) -> int:
-    """HBM bytes of a step: weights in use, the whole context and the logits, each once.
+    """HBM bytes of a step: weights and context in use and the logits, each once.
 
     Without the embedding and the hash tables, of which a few rows are read, and without compressor
     rings, which only steps that complete a row read whole.
@@ -101,5 +108,13 @@ def unavoidable_bytes(name: str) -> int:
             table = layer["ffn"]["gate"].get("tid2eid", ())
             total += int(_size(layer) - (1 - used) * experts) - _size(table)
     for layer in (layer for group in cache.groups for layer in group):
-        total += _size([layer[name] for name in ("window", "rows", "keys") if name in layer])
+        total += _size([layer[name] for name in ("window", "keys") if name in layer])
+        if "rows" in layer:
+            total += int(_size(layer["rows"]) * _share_in_use(case, "keys" in layer))
     return total
+
+
+def _share_in_use(case: Case, chosen: bool) -> float:
+    """Of the compressed rows; chosen ones in groups of 128, as many as rows at random lie in."""
+    groups, keep = case.context // (4 * 128), case.config().index_topk
+    return live_groups(groups, case.fresh * keep) / groups if chosen else 1.0

@@ -1,12 +1,12 @@
-"""How long the second turn of a long chat waits for its first token, beside the first turn."""
+"""Waiting for the first token of a long prompt: in a second turn, or after a restart."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -51,6 +51,49 @@ def measure(
     }
 
 
+def measure_restart(
+    start: Callable[[], AbstractContextManager[str]], tokens: int = 16384, repeats: int = 3
+) -> dict[str, Any]:
+    """The same prompts of about `tokens` tokens, asked of a server and of the next one.
+
+    Args:
+        start: Starts a server on a disk cache that all of them use; gives its URL.
+
+    Returns:
+        Medians as `measure`, of `cold_s`, `restarted_s` and the `ratio` of the second to the first.
+
+    Raises:
+        ValueError: a number is not positive, the server refuses, or answers differ.
+    """
+    if tokens < 1 or repeats < 1:
+        raise ValueError(f"tokens={tokens} and repeats={repeats} must be positive")
+    asked: list[list[Turn]] = []
+    for _ in range(2):
+        with start() as url:
+            load = Load(url, prompt_chars=_chars(url, tokens, None))
+            _ask(load, _first_turn(load, repeats))  # warms up
+            asked.append([_ask(load, _first_turn(load, i)) for i in range(repeats)])
+    both = list(zip(*asked, strict=True))
+    if any(before.text != after.text for before, after in both):
+        raise ValueError("the answer after a restart is another one")
+    return {
+        "prompt_tokens": statistics.median(before.prompt_tokens for before, _ in both),
+        "cold_s": statistics.median(before.first_s for before, _ in both),
+        "restarted_s": statistics.median(after.first_s for _, after in both),
+        "ratio": statistics.median(after.first_s / before.first_s for before, after in both),
+        "cached_share": statistics.median(a.cached_tokens / a.prompt_tokens for _, a in both),
+    }
+
+
+def restart_line(figures: dict[str, Any]) -> str:
+    """The figures of `measure_restart` in words."""
+    return (
+        f"prompt of {figures['prompt_tokens']:.0f} tokens: first token after "
+        f"{figures['cold_s']:.3f} s, asked again after a restart {figures['restarted_s']:.3f} s "
+        f"({figures['ratio']:.1%}); {figures['cached_share']:.1%} came from disk"
+    )
+
+
 def line(figures: dict[str, Any]) -> str:
     """The figures in words."""
     return (
@@ -68,10 +111,14 @@ def _chars(url: str, tokens: int, api_key: str | None) -> int:
 
 
 def _chat(load: Load, index: int) -> tuple[Turn, Turn]:
-    messages = [{"role": "user", "content": make_prompt(load, index)}]
+    messages = _first_turn(load, index)
     first = _ask(load, messages)
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Why?"}]
     return first, _ask(load, messages)
+
+
+def _first_turn(load: Load, index: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": make_prompt(load, index)}]
 
 
 def _ask(load: Load, messages: list[dict[str, str]]) -> Turn:

@@ -27,6 +27,9 @@ def reasoning_fields(args: SimpleNamespace) -> tuple[str, ...]:
     return REASONING_FIELDS[1:] if args.reasoning_field == "both" else (args.reasoning_field,)
 
 
+MODES = ("coupled", "rejection")  # of judging guesses
+
+
 def choices(names: tuple[str, ...]) -> str:
     return "{" + ",".join(names) + "}"
 
@@ -73,6 +76,29 @@ OPTIONS = (
         64.0,
         number(0.001),
         "G",
+    ),
+    Option(
+        "speculate",
+        "model",
+        "tokens that the MTP block guesses ahead for a step to verify; 0: none",
+        read=integer(0, 7),
+        metavar="K",
+        unset="1 if the checkpoint has such a block",
+    ),
+    Option(
+        "speculate-mode",
+        "model",
+        "coupled: the same tokens as without guesses; rejection: more guesses stand",
+        "coupled",
+        one_of(*MODES),
+        choices(MODES),
+    ),
+    Option(
+        "speculate-always",
+        "model",
+        "guess even where that costs more than it brings",
+        False,
+        switch,
     ),
     Option(
         "mesh",

@@ -22,8 +22,9 @@ from dsv4_jax.serving.counters import BUILD
 from dsv4_jax.serving.engine import mirror
 from dsv4_jax.serving.engine.blobs import check_folder
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import Programs, Sizes
+from dsv4_jax.serving.engine.device import Sizes
 from dsv4_jax.serving.engine.loop import DiskCache, Engine
+from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.engine.waiting import QueueLimits
@@ -75,7 +76,10 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
         check_folder(args.disk_cache)  # now, not after the weights are loaded
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
-    scheduling, sizes = plan_sizes(cfg, max_len, args.slots, args.cache_tokens, page)
+    guesses, rejects = guesses_for(args, cfg), args.speculate_mode == "rejection"
+    scheduling, sizes = plan_sizes(
+        cfg, max_len, args.slots, args.cache_tokens, page, guesses, guesses > 0 and rejects
+    )
     scheduling = replace(scheduling, queue=queue_limits(args))
     shards = shards_for(cfg, args.mesh, jax.devices())
     auto = args.prompt_profile == "auto"
@@ -87,6 +91,8 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"devices  {len(jax.devices())} × {jax.devices()[0].device_kind}{used} (--mesh)")
     how = args.implementation or ("pallas" if num.kernels else "reference")
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
+    if guesses:
+        say(f"guesses  {guesses} ahead by the MTP block, {args.speculate_mode} (--speculate)")
     say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
     return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
 
@@ -101,6 +107,19 @@ def queue_limits(args: SimpleNamespace) -> QueueLimits:
         tenant_slots=args.tenant_running or args.slots,
         timeout_s=args.queue_timeout,
     )
+
+
+def guesses_for(args: SimpleNamespace, cfg: ModelConfig) -> int:
+    """Tokens to guess ahead; none for the demo, whose random weights guess nothing.
+
+    Raises:
+        ValueError: the model cannot guess.
+    """
+    if args.speculate is None:
+        return int(bool(args.checkpoint) and cfg.num_mtp_layers > 0)
+    if args.speculate and not cfg.num_mtp_layers:
+        raise ValueError(f"--speculate {args.speculate}: this checkpoint has no MTP block")
+    return args.speculate
 
 
 def start(
@@ -141,6 +160,7 @@ def start(
         shards=plan.shards,
         channel=line,
         disk_cache=None if folder_of is None else DiskCache(folder_of, disk_bytes),
+        adapts=not args.speculate_always,
     )
     if engine.disk is not None:
         service.replay.blobs = engine.disk.store
@@ -210,7 +230,7 @@ def _where(plan: Plan) -> str:
     """What else decides the last bits of what is computed."""
     kind, mesh = jax.devices()[0].device_kind, plan.shards.mesh
     shape = shape_of(mesh) if isinstance(mesh, Mesh) else ""
-    return f"{BUILD} {kind} {shape} {plan.sizes.page_tokens}"
+    return f"{BUILD} {kind} {shape} {plan.sizes.page_tokens} {plan.sizes.guesses}"
 
 
 def _loaded(

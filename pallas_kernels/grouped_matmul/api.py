@@ -119,16 +119,15 @@ def routed_experts(
         source_Z = jnp.maximum(plan.source_Z, 0)
         scale_Z = weights_UA.reshape(-1)[source_Z]
         token_Z = jnp.where(plan.source_Z < 0, -1, source_Z // per_token)
-        up = w1, w3, plan, layer_1, limit, round_activations, kernel.describe(w2).is_fp4, interpret
+        up = kernel.SwiGLU(w1, w3, limit, round_activations, kernel.describe(w2).is_fp4)
+        rest = plan, layer_1, interpret
         if few:
-            hidden_PYF = resident.swiglu(x_PUD, token_Z, scale_Z, *up)
-            total_UD = resident.combine(
-                hidden_PYF, token_Z, len(x_UD), w2, plan, layer_1, interpret
-            )
+            hidden_PYF = resident.swiglu(x_PUD, token_Z, scale_Z, up, *rest)
+            total_UD = resident.combine(hidden_PYF, token_Z, len(x_UD), w2, *rest)
             is_here_U1 = ((experts_UA >= 0) & (experts_UA < experts)).any(1, keepdims=True)
             return jnp.where(is_finite_U1 | ~is_here_U1, total_UD[:tokens], jnp.nan)
-        hidden_PZF = kernel.swiglu(_take(x_PUD, jnp.maximum(token_Z, 0)), scale_Z, *up)
-        y_ZD = kernel.product(hidden_PZF, w2, plan, layer_1, interpret)
+        hidden_PZF = kernel.swiglu(_take(x_PUD, jnp.maximum(token_Z, 0)), scale_Z, up, *rest)
+        y_ZD = kernel.product(hidden_PZF, w2, *rest)
         return _sum_experts(y_ZD, plan.slot_Y.reshape(tokens, per_token))
 
     args = (x_UD, experts_UA, weights_UA, layer_1, w1, w3, w2)

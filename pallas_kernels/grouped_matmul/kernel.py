@@ -359,40 +359,54 @@ def product(
     )
 
 
+class SwiGLU(NamedTuple):
+    """What lies in front of an expert's last product.
+
+    limit: of gate and up, 0 for none. rounds: to FP8 per slot and 128 channels, as the last product
+    wants its input. halves: even and odd channels apart, for FP4 weights.
+    """
+
+    w1: Any
+    w3: Any
+    limit: float
+    rounds: bool
+    halves: bool
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.halves else 1
+
+    def sizes(self, tile: int) -> tuple[Format, int, dict[str, Any]]:
+        """The form of w1, channels of a part that one step makes, and what the body must know."""
+        fmt1, fmt3 = describe(self.w1, tile), describe(self.w3, tile)
+        facts = {"fmt1": fmt1, "fmt3": fmt3, "limit": self.limit, "rounds": self.rounds}
+        return fmt1, fmt1.out_tile // self.parts, facts
+
+
 def swiglu(
     x_PZK: jax.Array,
     scale_Z: jax.Array,
-    w1: Any,
-    w3: Any,
+    up: SwiGLU,
     plan: RowPlan,
     layer_1: jax.Array,
-    limit: float,
-    rounds: bool,
-    halves: bool,
     interpret=False,
 ) -> jax.Array:
-    """silu(clamped x·W1ᵀ) · clamped x·W3ᵀ · scale, bfloat16 `[1 or 2, Z, F or F/2]`.
-
-    rounds: to FP8 per slot and 128 channels, as the next product wants its input.
-    halves: even and odd channels apart, for FP4 weights.
-    """
-    fmt1, fmt3 = describe(w1, plan.tile), describe(w3, plan.tile)
-    parts, slots = 2 if halves else 1, x_PZK.shape[1]
-    width = fmt1.out_tile // parts
+    """silu(clamped x·W1ᵀ) · clamped x·W3ᵀ · scale, bfloat16 `[1 or 2, Z, F or F/2]`."""
+    slots, (fmt1, width, facts) = x_PZK.shape[1], up.sizes(plan.tile)
     hidden = call(
-        functools.partial(swiglu_body, fmt1=fmt1, fmt3=fmt3, limit=limit, rounds=rounds),
+        functools.partial(swiglu_body, **facts),
         plan,
         layer_1,
         [(x_PZK, _row_block(x_PZK, plan.tile)), per_slot(scale_Z, plan.tile)],
         2 * slots * (fmt1.in_dim + fmt1.out_tile) * fmt1.out_tiles,
-        [w1, w3],
-        jax.ShapeDtypeStruct((parts, slots, width * fmt1.out_tiles), jnp.bfloat16),
-        pl.BlockSpec((parts, plan.tile, width), lambda n, t, *_: (0, t, n)),
+        [up.w1, up.w3],
+        jax.ShapeDtypeStruct((up.parts, slots, width * fmt1.out_tiles), jnp.bfloat16),
+        pl.BlockSpec((up.parts, plan.tile, width), lambda n, t, *_: (0, t, n)),
         [],
         "grouped_swiglu",
         interpret,
     )
-    return hidden[:, :, : fmt1.out_dim // parts]
+    return hidden[:, :, : fmt1.out_dim // up.parts]
 
 
 def per_slot(values_Z: jax.Array, tile: int) -> tuple[jax.Array, pl.BlockSpec]:

@@ -127,26 +127,21 @@ def swiglu(
     x_PUK: jax.Array,
     token_Z: jax.Array,
     scale_Z: jax.Array,
-    w1: Any,
-    w3: Any,
+    up: kernel.SwiGLU,
     plan: RowPlan,
     layer_1: jax.Array,
-    limit: float,
-    rounds: bool,
-    halves: bool,
     interpret=False,
 ) -> jax.Array:
     """As `kernel.swiglu` of the rows `token_Z` (negative: none) of `x_PUK`; U a multiple of 16.
 
     Rows of the result are those of the plan, sorted by expert, without unused slots.
     """
-    fmt1, fmt3 = kernel.describe(w1, plan.tile), kernel.describe(w3, plan.tile)
-    parts, _, lanes = x_PUK.shape
-    out_parts, tile = 2 if halves else 1, plan.tile
-    rows, width = hidden_rows(plan.slot_Y.shape[0], tile), fmt1.out_tile // out_parts
-    shape = jax.ShapeDtypeStruct((out_parts, rows, width * fmt1.out_tiles), jnp.bfloat16)
+    (parts, _, lanes), tile = x_PUK.shape, plan.tile
+    fmt1, width, facts = up.sizes(tile)
+    rows = hidden_rows(plan.slot_Y.shape[0], tile)
+    shape = jax.ShapeDtypeStruct((up.parts, rows, width * fmt1.out_tiles), jnp.bfloat16)
     hidden = kernel.call(
-        functools.partial(_swiglu_body, fmt1=fmt1, fmt3=fmt3, limit=limit, rounds=rounds),
+        functools.partial(_swiglu_body, **facts),
         _one_tile_at_least(plan),
         layer_1,
         [
@@ -155,17 +150,17 @@ def swiglu(
             kernel.per_slot(scale_Z, tile),
         ],
         2 * (x_PUK.size + shape.size),
-        [w1, w3],
+        [up.w1, up.w3],
         shape,
-        pl.BlockSpec((out_parts, rows, width), lambda n, t, *_: (0, 0, n)),
+        pl.BlockSpec((up.parts, rows, width), lambda n, t, *_: (0, 0, n)),
         [
             pltpu.VMEM((parts, tile, lanes), jnp.bfloat16),
-            pltpu.VMEM((out_parts, tile, width), jnp.bfloat16),
+            pltpu.VMEM((up.parts, tile, width), jnp.bfloat16),
         ],
         "grouped_swiglu",
         interpret,
     )
-    return hidden[:, :, : fmt1.out_dim // out_parts]
+    return hidden[:, :, : fmt1.out_dim // up.parts]
 
 
 def combine(

@@ -114,7 +114,8 @@ def build(name: str) -> tuple[Callable, list]:
 
     def swiglu(expert_T, num_tiles, token, x, scale, c1, s1, c3, s3):
         w1, w3 = PackedWeight(c1[None], s1[None]), PackedWeight(c3[None], s3[None])
-        rest = w1, w3, plan(expert_T, num_tiles, token), first, 10.0, True, parts == 2
+        up = kernel.SwiGLU(w1, w3, 10.0, True, parts == 2)
+        rest = up, plan(expert_T, num_tiles, token), first
         if case.is_resident:
             return resident.swiglu(x, token, scale, *rest)
         return kernel.swiglu(x, scale, *rest)

@@ -11,12 +11,14 @@ from jax import Array, lax
 
 from pallas_kernels import paging
 from pallas_kernels.index_topk.reference import words_mask
-from pallas_kernels.sparse_attention import kernel, reference
+from pallas_kernels.sparse_attention import kernel, reference, tuning
+from pallas_kernels.sparse_attention.tuning import live_groups
 
 __all__ = [
     "Compressed",
     "PackedRows",
     "Window",
+    "live_groups",
     "partial_attention",
     "sparse_attention",
     "window_bounds",
@@ -61,8 +63,7 @@ class Compressed(NamedTuple):
     """Compressed rows; query t sees the first visible_BT of them, fewer if some are chosen.
 
     words: mask words `[B, T, ⌈C/4096⌉·128]` of index_topk.select_mask.
-    chosen_BTK: row numbers instead; then visible_BT counts the real ones in front. Rows are plain,
-        `[L, B, C, 4, 128]` (`[L, B, C, H]` in whole tiles of their own, so that one can be copied).
+    keep: so many bits are set per query at most; 0: unknown. Only the cost estimate counts on it.
     table_BP: pages of each sequence in order; rows are then `[L, pages, page, …]`.
     """
 
@@ -70,8 +71,8 @@ class Compressed(NamedTuple):
     visible_BT: Array
     layer: Array | int = 0
     words: Array | None = None
-    chosen_BTK: Array | None = None
     table_BP: Array | None = None
+    keep: int = 0
 
     @property
     def capacity(self) -> int:
@@ -172,22 +173,18 @@ def _check(
         ("sink_N", sink_N, (heads,)),
         ("window.start_BT", window.start_BT, queries),
         ("window.stop_BT", window.stop_BT, queries),
-        *_row_shapes("window.rows", window.rows, None if has_slots else batch, channels, False),
+        *_row_shapes("window.rows", window.rows, None if has_slots else batch, channels),
     ]
     if window.slots_B is not None:
         wanted.append(("window.slots_B", window.slots_B, (batch,)))
     if compressed is not None:
-        chosen_BTK, table_BP = compressed.chosen_BTK, compressed.table_BP
-        owners, by_number = (batch if table_BP is None else None), chosen_BTK is not None
+        table_BP = compressed.table_BP
+        owners = batch if table_BP is None else None
         wanted.append(("compressed.visible_BT", compressed.visible_BT, queries))
-        wanted += _row_shapes("compressed.rows", compressed.rows, owners, channels, by_number)
+        wanted += _row_shapes("compressed.rows", compressed.rows, owners, channels)
         if table_BP is not None:
             wanted.append(("compressed.table_BP", table_BP, (batch, table_BP.shape[-1])))
-        if chosen_BTK is not None:
-            wanted.append(("compressed.chosen_BTK", chosen_BTK, (*queries, chosen_BTK.shape[-1])))
         if compressed.words is not None:
-            if by_number:
-                raise ValueError("give words or chosen_BTK, not both")
             words = -(-compressed.capacity // 4096) * LANES
             wanted.append(("compressed.words", compressed.words, (*queries, words)))
     if rotation is not None:
@@ -201,7 +198,7 @@ def _check(
 
 
 def _row_shapes(
-    name: str, rows: RowStore, batch: int | None, channels: int, by_number: bool
+    name: str, rows: RowStore, batch: int | None, channels: int
 ) -> list[tuple[str, Array, tuple[int, ...]]]:
     layers, owners, size = jax.tree.leaves(rows)[0].shape[:3]
     lead = (layers, batch or owners, size)
@@ -219,8 +216,6 @@ def _row_shapes(
         ]
     if rows.dtype not in (jnp.bfloat16, jnp.uint16, jnp.float32):
         raise ValueError(f"{name} is {rows.dtype}, not bfloat16, its bits, or float32")
-    if by_number:
-        return [(name, rows, (*lead, channels // LANES, LANES))]
     return [(name, rows, (*lead, channels))]
 
 
@@ -238,30 +233,34 @@ def plan(q_BTNH: Array, window: Window, compressed: Compressed | None, turned: b
         raise NotImplementedError(f"heads={heads}, limit {kernel.MAX_ROWS // 8}: split the heads")
     if batch * fresh > MAX_QUERIES:
         raise NotImplementedError(f"{batch * fresh} queries in one call, limit {MAX_QUERIES}")
-    rows, masked, gathered = None, False, False
+    rows, masked, listed, expected = None, False, False, 0
+    queries = kernel.pick_queries(fresh, heads)
     if compressed is not None:
-        masked = compressed.words is not None
-        gathered = compressed.chosen_BTK is not None
-        rows = _store(compressed.rows, q_BTNH, _rows_tile(compressed, gathered), 4)
+        masked, expected = compressed.words is not None, compressed.capacity
+        rows = _store(compressed.rows, q_BTNH, _rows_tile(compressed), 4)
         if compressed.table_BP is not None:
             rows = rows._replace(page=_num_rows(compressed.rows))
-        if gathered and (rows.packed or channels != 512):
-            raise NotImplementedError("rows by number are plain and 512 wide only")
+        listed = masked and not rows.page % LANES
+    if listed and compressed is not None:
+        chip, groups = tuning.of_this_chip(), compressed.capacity // LANES
+        listed = groups >= chip.least_groups
+        live = tuning.live_groups(groups, compressed.keep * queries or compressed.capacity)
+        if listed and live <= chip.share(queries * heads) * groups:
+            expected = int(LANES * live)
     return kernel.Plan(
-        1 if gathered else kernel.pick_queries(fresh, heads),
+        queries,
         heads,
         channels,
         _store(window.rows, q_BTNH, LANES, 2),
         rows,
         masked,
-        gathered,
+        listed,
         turned,
+        expected,
     )
 
 
-def _rows_tile(compressed: Compressed, gathered: bool) -> int:
-    if gathered:
-        return kernel.GATHER
+def _rows_tile(compressed: Compressed) -> int:
     size = _num_rows(compressed.rows)
     if compressed.table_BP is None:
         tile = next((n for n in (512, 256, 128) if size % n == 0), 0)
@@ -307,17 +306,23 @@ def _whole_tiles(window: Window) -> Window:
     return window._replace(rows=jax.tree.map(one, window.rows), layer=0)
 
 
-def _limits(sizes: kernel.Plan, window: Window, compressed: Compressed | None) -> kernel.Limits:
-    pad = -window.start_BT.shape[1] % sizes.queries
+def _blocks(x_BT: Array, queries: int) -> Array:
+    """Numbers per query, in whole blocks: `[B·blocks, Q]`."""
+    pad = -x_BT.shape[1] % queries
+    return jnp.pad(x_BT.astype(jnp.int32), ((0, 0), (0, pad))).reshape(-1, queries)
 
-    def blocks(x_BT: Array) -> Array:
-        return jnp.pad(x_BT.astype(jnp.int32), ((0, 0), (0, pad))).reshape(-1, sizes.queries)
 
-    start, stop = blocks(window.start_BT), blocks(window.stop_BT)
-    visible = jnp.zeros_like(start) if compressed is None else blocks(compressed.visible_BT)
+def _limits(
+    sizes: kernel.Plan, window: Window, compressed: Compressed | None, live: Array | None
+) -> kernel.Limits:
+    start, stop = (_blocks(x, sizes.queries) for x in (window.start_BT, window.stop_BT))
+    visible = jnp.zeros_like(start)
+    if compressed is not None:
+        visible = _blocks(compressed.visible_BT, sizes.queries)
     first = jnp.where(stop > start, start, _num_rows(window.rows)).min(axis=1)
     end = jnp.where(stop > start, stop, 0).max(axis=1)
     tile = 1 if sizes.rows is None else sizes.rows.tile
+    live = jnp.full_like(end, -1) if live is None else live
     layers = [window.layer, 0 if compressed is None else compressed.layer]
     return kernel.Limits(
         jnp.stack([jnp.asarray(n, jnp.int32) for n in layers]),
@@ -327,8 +332,31 @@ def _limits(sizes: kernel.Plan, window: Window, compressed: Compressed | None) -
         visible.reshape(-1),
         first // sizes.window.tile,
         -(-end // sizes.window.tile),
-        -(-visible.max(axis=1) // tile),
+        jnp.where(live < 0, -(-visible.max(axis=1) // tile), 0),
+        jnp.maximum(live, 0),
     )
+
+
+def _live_groups(sizes: kernel.Plan, compressed: Compressed) -> tuple[Array, Array]:
+    """Which groups of 128 rows hold a row that some query of a block has chosen.
+
+    One bit per group, `[B·blocks, 1, words]`, and how many of them are to be listed, `[B·blocks]`:
+    -1 where so many are set that the block streams all rows instead.
+    """
+    assert compressed.words is not None
+    batch, fresh, width = compressed.words.shape
+    words = jnp.pad(compressed.words, ((0, 0), (0, -fresh % sizes.queries), (0, 0)))
+    zero, words = jnp.int32(0), words.reshape(-1, sizes.queries, width)
+    words = lax.reduce(words, zero, lax.bitwise_or, (1,))  # first, so that little is laid out anew
+    bits = lax.reduce(words.reshape(-1, width // LANES, LANES), zero, lax.bitwise_or, (2,))
+    groups = -(-_blocks(compressed.visible_BT, sizes.queries).max(axis=1) // LANES)
+    # a page behind the visible ones may be any
+    shown = jnp.clip(groups[:, None] - 32 * jnp.arange(width // LANES)[None], 0, 32)
+    bits &= jnp.where(shown == 32, -1, (1 << (shown & 31)) - 1)
+    live = lax.population_count(bits).sum(axis=1)
+    share = tuning.of_this_chip().share(sizes.queries * sizes.heads)
+    most = share * groups.astype(jnp.float32)
+    return bits[:, None], jnp.where(live.astype(jnp.float32) <= most, live, -1)
 
 
 def _slots(window: Window) -> Array:
@@ -344,23 +372,20 @@ def _kernel(
         q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, more), (0, 0)))
         sink_N = jnp.pad(sink_N, (0, more))
     window = _whole_tiles(window)
-    chosen = table = None
-    if compressed is not None:
-        chosen = compressed.words
-        if compressed.chosen_BTK is not None:
-            keep = compressed.chosen_BTK.shape[-1]
-            chosen = jnp.pad(compressed.chosen_BTK, ((0, 0), (0, 0), (0, -keep % kernel.GATHER)))
-            chosen = chosen.reshape(-1, 1, chosen.shape[-1])
-        if compressed.table_BP is not None:
-            assert sizes.rows is not None
-            table = paging.table_blocks(compressed.table_BP, sizes.rows.page, sizes.rows.tile)
+    bits = live = table = None
+    if compressed is not None and sizes.listed:
+        bits, live = _live_groups(sizes, compressed)
+    if compressed is not None and compressed.table_BP is not None:
+        assert sizes.rows is not None
+        table = paging.table_blocks(compressed.table_BP, sizes.rows.page, sizes.rows.tile)
     out_BTNH, *log = kernel.sparse_attention(
         sizes,
-        _limits(sizes, window, compressed),
+        _limits(sizes, window, compressed, live),
         q_BTNH,
         sink_N.astype(jnp.float32),
         () if rotation is None else _turn(*rotation),
-        chosen,
+        None if compressed is None else compressed.words,
+        bits,
         table,
         _columns(window.rows),
         () if compressed is None else _columns(compressed.rows),
@@ -400,13 +425,7 @@ def _reference(q_BTNH, sink_N, window, compressed, rotation) -> tuple[Array, Arr
     mask = (index >= window.start_BT[..., None]) & (index < window.stop_BT[..., None])
     if compressed is not None:
         more = _unpacked(compressed.rows, channels, compressed.layer, compressed.table_BP)
-        if compressed.chosen_BTK is not None:
-            more = more.reshape(*more.shape[:2], -1)
-            batch = jnp.arange(more.shape[0])[:, None, None]
-            more = more[batch, compressed.chosen_BTK]
-            rows = jnp.broadcast_to(rows, (*more.shape[:2], *rows.shape[2:]))
-        else:
-            more = more[:, None]
+        more = more[:, None]
         index = jnp.arange(more.shape[2])[None, None]
         shown = index < compressed.visible_BT[..., None]
         if compressed.words is not None:

@@ -4,7 +4,7 @@ Grid: (sequence, block of Q queries). One step, with M = Q·N rows of queries an
 
     m = sink, l = 1, acc = 0                                        VMEM, never in HBM
     window tiles of 128 rows that some query of the block sees ─┐
-    compressed tiles of 512 rows below the largest `visible` ───┤   DMA, D tiles in flight
+    compressed tiles of 512 rows, or those of 128 with chosen ──┤   DMA, D tiles in flight
                                                                 ▼
        packed columns ── FP8 × scale, rope ──► K [H, tile]      (or plain rows K [tile, H])
        S = q·K · H^-1/2, masked      [M, tile]                  one tile feeds both products
@@ -16,8 +16,10 @@ indexer has chosen, the bits of its words. Packed rows arrive as columns (entrie
 that is how the TPU keeps arrays whose last dimension is not a multiple of 128, and it makes a
 block scale one row that broadcasts over sublanes.
 
-The gathered form has one query per step and copies its chosen rows one by one, 128 in flight
-while 128 are at work. The pool gives each row whole tiles, `[L, B, C, 4, 128]`.
+Two ways to the same rows: all tiles below the largest `visible`, 512 rows at a time, or only the
+tiles of 128 rows in which a query of the block has a chosen row, four of them at a time. The
+caller says per block which: `live` counts the tiles of the second way, or is 0 for the first. Their
+numbers are listed in SMEM from one bit each. 128 rows are the least that can be copied of columns.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import paging
 
 LANES = 128
+NOWHERE = 1 << 30  # number of a row that nobody sees
 NO_SCORE = -1e30  # finite: the running maximum starts at the sink, so exp gives exactly 0
 SPAN_TILES = 32  # lane groups in one row of mask words
-GATHER = 128  # rows fetched together
 MAX_ROWS = 1024  # query-head pairs per block
 f32, i32 = jnp.float32, jnp.int32
 
@@ -61,8 +63,9 @@ class Plan(NamedTuple):
     window: Store
     rows: Store | None
     masked: bool
-    gathered: bool
+    listed: bool  # blocks may read only the tiles with chosen rows
     turned: bool  # undo the rotation of the output
+    expected: int = 0  # compressed rows that a block reads, for the cost estimate
     part: bool = False  # also write the logarithm of the denominator
 
 
@@ -106,11 +109,20 @@ class Stream:
         self.layer, self.first, self.end = layer, first, end  # tiles first … end - 1
         self.owner = owner  # the sequence, or the SMEM table of its pages
 
+    def pieces(self, tile: Array) -> list[paging.Piece]:
+        store = self.store
+        table_ref = self.owner if store.page else None
+        return paging.pieces(tile, store.tile, store.page, self.owner, table_ref)
+
+    def groups(self, tile: Array) -> list[Array]:
+        """Numbers of the groups of 128 rows in a tile; ~n: n stands there again, not to be seen."""
+        parts = self.store.tile // LANES
+        return [tile * parts + n for n in range(parts)]
+
     def copies(self, tile: Array) -> list:
         store, out = self.store, []
         slot = tile & (store.depth - 1)
-        table_ref = self.owner if store.page else None
-        where = paging.pieces(tile, store.tile, store.page, self.owner, table_ref)
+        where = self.pieces(tile)
         for n, (ref, buffer) in enumerate(zip(self.refs, self.buffers, strict=True)):
             for piece in where:
                 source, target = ref.at[self.layer, piece.owner], buffer.at[slot]
@@ -142,6 +154,46 @@ class Stream:
             values, scales = self.buffers
             return decode_columns(values[slot], scales[slot], self.store.channels)
         return _floats(self.buffers[0][slot])
+
+
+class Listed(Stream):
+    """Tiles made of the groups of 128 rows that a list in SMEM names."""
+
+    def __init__(self, list_ref, *args):
+        super().__init__(*args)
+        self.list_ref = list_ref
+
+    def groups(self, tile: Array) -> list[Array]:
+        parts = self.store.tile // LANES
+        return [self.list_ref[tile * parts + n] for n in range(parts)]
+
+    def pieces(self, tile: Array) -> list[paging.Piece]:
+        page, owner, out = self.store.page, self.owner, []
+        for n, group in enumerate(self.groups(tile)):
+            (piece,) = paging.pieces(_number(group), LANES, page, owner, owner if page else None)
+            out.append(piece._replace(offset=n * LANES))
+        return out
+
+
+def _list_groups(bits_ref, list_ref, parts: int) -> None:
+    """Numbers of the set bits, ascending; the first, inverted, fills up the last tile."""
+
+    def word(n: Array, count: Array) -> Array:
+        def one(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            bits, count = state
+            lowest = bits & -bits
+            list_ref[count] = n * SPAN_TILES + 31 - lax.clz(lowest)
+            return bits ^ lowest, count + 1
+
+        return lax.while_loop(lambda state: state[0] != 0, one, (bits_ref[0, 0, n], count))[1]
+
+    count = lax.fori_loop(0, bits_ref.shape[2], word, jnp.int32(0))
+    for n in range(parts - 1):
+        list_ref[count + n] = ~list_ref[0]
+
+
+def _number(group: Array) -> Array:
+    return jnp.where(group < 0, ~group, group)
 
 
 class Softmax:
@@ -213,14 +265,16 @@ class Limits(NamedTuple):
     visible: Array
     window_first: Array
     window_end: Array
-    rows_end: Array
+    rows_end: Array  # 0 where groups are listed
+    live: Array  # groups of 128 rows that are listed
 
 
 def _body(plan: Plan, *refs) -> None:
-    limits, refs = Limits(*refs[:8]), list(refs[8:])
+    limits, refs = Limits(*refs[: len(Limits._fields)]), list(refs[len(Limits._fields) :])
     q_ref, sink_ref = refs.pop(0), refs.pop(0)
     cos_ref, sin_ref = (refs.pop(0), refs.pop(0)) if plan.turned else (None, None)
-    chosen_ref = refs.pop(0) if plan.masked or plan.gathered else None
+    words_ref = refs.pop(0) if plan.masked else None
+    bits_ref = refs.pop(0) if plan.listed else None
     table_ref = refs.pop(0) if plan.rows and plan.rows.page else None
     window_refs = [refs.pop(0) for _ in range(plan.window.num_arrays)]
     rows_refs = [refs.pop(0) for _ in range(plan.rows.num_arrays)] if plan.rows else []
@@ -241,23 +295,23 @@ def _body(plan: Plan, *refs) -> None:
         limits.window_end[block],
     )
     window.begin()
-    softmax = Softmax(plan, q_ref, sink_ref, peak_ref, total_ref, sum_ref)
-    if plan.gathered:
-        pool = (rows_refs[0], table_ref)
-        _gather_rows(plan, limits, block, chosen_ref, pool, refs, softmax, window)
-    elif plan.rows:
-        buffers = [refs.pop(0) for _ in rows_refs]
-        end = limits.rows_end[block]
-        owner = table_ref if plan.rows.page else pl.program_id(0)
-        sem = refs.pop(0)
-        rows = Stream(
-            plan.rows, rows_refs, buffers, sem, limits.layers[1], owner, jnp.int32(0), end
-        )
+    streams: list[Stream] = []
+    if plan.rows:
+        store, buffers, sem = plan.rows, [refs.pop(0) for _ in rows_refs], refs.pop(0)
+        owner = table_ref if store.page else pl.program_id(0)
+        layer, first = limits.layers[1], jnp.int32(0)
+        args = (store, rows_refs, buffers, sem, layer, owner, first)
+        streams.append(Stream(*args, limits.rows_end[block]))
+        if plan.listed:
+            list_ref, parts, live = refs.pop(0), store.tile // LANES, limits.live[block]
+            pl.when(live > 0)(lambda: _list_groups(bits_ref, list_ref, parts))
+            streams.append(Listed(list_ref, *args, (live + parts - 1) // parts))
+    for rows in streams:  # of two, one has no tiles
         rows.begin()
-        _window(plan, limits, block, softmax, window)
-        _visible(plan, limits, block, chosen_ref, softmax, rows)
-    else:
-        _window(plan, limits, block, softmax, window)
+    softmax = Softmax(plan, q_ref, sink_ref, peak_ref, total_ref, sum_ref)
+    _window(plan, limits, block, softmax, window)
+    for rows in streams:
+        _visible(plan, limits, block, words_ref, softmax, rows)
     softmax.finish(out_ref, cos_ref, sin_ref, log_ref)
 
 
@@ -280,12 +334,14 @@ def _visible(
     plan: Plan, limits: Limits, block: Array, words_ref, softmax: Softmax, rows: Stream
 ) -> None:
     """Compressed rows below `visible`, and in the mask words if there are any."""
-    size = rows.store.tile
 
     def body(tile: Array, _: int) -> int:
         keys = rows.take(tile)
-        index = tile * size + lax.broadcasted_iota(i32, (1, size), 1)
-        bits = _tile_bits(words_ref, tile, size) if plan.masked else None
+        groups = rows.groups(tile)
+        lane = lax.broadcasted_iota(i32, (1, LANES), 1)
+        index = [jnp.where(group < 0, NOWHERE, group * LANES) + lane for group in groups]
+        index = jnp.concatenate(index, axis=1)
+        bits = _chosen(words_ref, groups) if plan.masked else None
         masks = []
         for n in range(plan.queries):
             mask = index < limits.visible[block * plan.queries + n]
@@ -296,56 +352,14 @@ def _visible(
     lax.fori_loop(0, rows.end, body, 0)
 
 
-def _tile_bits(words_ref, tile: Array, size: int) -> Array:
-    """0 or 1 per query and entry of a tile, `[Q, tile]`; see index_topk for the order of bits."""
-    per_tile = size // LANES
-    group = tile * per_tile  # first lane group of 128 entries
-    first = pl.multiple_of((group >> 5) * LANES, LANES)
-    words = words_ref[0, :, pl.ds(first, LANES)]
-    bit = group & (SPAN_TILES - 1)
-    return jnp.concatenate([(words >> (bit + n)) & 1 for n in range(per_tile)], axis=1)
-
-
-def _gather_rows(
-    plan: Plan, limits: Limits, block: Array, index_ref, pool, scratch, softmax, window
-) -> None:
-    """The rows of one query, by their numbers: one copy each, two groups in VMEM."""
-    assert plan.rows is not None
-    page, (pool_ref, table_ref), (buffer, sem) = plan.rows.page, pool, scratch
-    count = limits.visible[block]
-    groups = (count + GATHER - 1) >> 7
-    layer, batch = limits.layers[1], pl.program_id(0)
-
-    def fetch(group: Array) -> None:
-        slot = group & 1
-
-        @pl.when(group < groups)
-        def _():
-            def one(n: Array, _: int) -> int:
-                row = index_ref[0, 0, group * GATHER + n]
-                owner = batch
-                if table_ref is not None:
-                    owner, row = table_ref[0, 0, lax.div(row, page)], lax.rem(row, page)
-                source = pool_ref.at[layer, owner, row]
-                pltpu.make_async_copy(source, buffer.at[slot, n], sem.at[slot]).start()
-                return 0
-
-            lax.fori_loop(0, GATHER, one, 0)
-
-    fetch(jnp.int32(0))
-    _window(plan, limits, block, softmax, window)
-
-    def body(group: Array, _: int) -> int:
-        fetch(group + 1)
-        slot = group & 1
-        whole = buffer.at[slot]
-        pltpu.make_async_copy(whole, whole, sem.at[slot]).wait()  # the bytes of all its rows
-        keys = _floats(buffer[slot]).reshape(GATHER, plan.channels)
-        index = group * GATHER + lax.broadcasted_iota(i32, (1, GATHER), 1)
-        softmax.absorb(keys, False, [index < count])
-        return 0
-
-    lax.fori_loop(0, groups, body, 0)
+def _chosen(words_ref, groups: list[Array]) -> Array:
+    """0 or 1 per query and row of groups, `[Q, rows]`; for the order of bits see index_topk."""
+    out = []
+    for group in groups:
+        group = _number(group)
+        first = pl.multiple_of((group >> 5) * LANES, LANES)
+        out.append((words_ref[0, :, pl.ds(first, LANES)] >> (group & (SPAN_TILES - 1))) & 1)
+    return jnp.concatenate(out, axis=1)
 
 
 def _buffers(store: Store, arrays: tuple[Array, ...]) -> list:
@@ -369,7 +383,8 @@ def sparse_attention(
     q_BTNH: Array,
     sink_N: Array,
     turn: tuple[Array, ...],
-    chosen: Array | None,
+    words: Array | None,
+    bits: Array | None,
     table: Array | None,
     window: tuple[Array, ...],
     rows: tuple[Array, ...],
@@ -377,8 +392,9 @@ def sparse_attention(
 ) -> tuple[Array, ...]:
     """Output `[B, T, N, H]`, and of a part the denominators' logarithms, float32 `[B, T, N, 128]`.
 
-    turn: cos and signed sin `[B, T, 128]`. chosen: mask words `[B, T, W]`, or row numbers
-    `[B·T, 1, K]` in whole groups. table: pages `[B, 1, P]`. window, rows: columns or rows.
+    turn: cos and signed sin `[B, T, 128]`. words: mask words `[B, T, W]`. bits: of each block one
+    per group of 128 rows, `[B·blocks, 1, W/128]`. table: pages `[B, 1, P]`. window, rows: columns
+    or rows.
     """
     batch, fresh, heads, channels = q_BTNH.shape
     blocks = limits.window_end.size // batch
@@ -397,28 +413,25 @@ def sparse_attention(
         pltpu.VMEM((m, channels), f32),
         *_buffers(plan.window, window),
     ]
-    width = 0 if chosen is None else chosen.shape[2]
-    if chosen is not None:
-        inputs.append(chosen)
-        read += 4 * chosen.size
-    if plan.gathered:
+    if words is not None:
+        inputs.append(words)
+        read += 4 * words.size
+        words_spec = (1, plan.queries, words.shape[2])
+        in_specs.append(pl.BlockSpec(words_spec, lambda b, t, *_: (b, t, 0)))
+    if bits is not None:
+        inputs.append(bits)
+        read += 4 * bits.size
+        shape = (1, 1, bits.shape[2])
         in_specs.append(
-            pl.BlockSpec(
-                (1, 1, width), lambda b, t, *_: (b * blocks + t, 0, 0), memory_space=pltpu.SMEM
-            )
+            pl.BlockSpec(shape, lambda b, t, *_: (b * blocks + t, 0, 0), memory_space=pltpu.SMEM)
         )
-        scratch.append(pltpu.VMEM((2, GATHER, *rows[0].shape[3:]), rows[0].dtype))
-        scratch.append(pltpu.SemaphoreType.DMA((2,)))
-        attended += batch * fresh * width
-        read += batch * fresh * width * channels * rows[0].dtype.itemsize
-    elif plan.rows:
-        if plan.masked:
-            in_specs.append(pl.BlockSpec((1, plan.queries, width), lambda b, t, *_: (b, t, 0)))
+    if plan.rows:
         scratch += _buffers(plan.rows, rows)
-        capacity = rows[0].shape[3 if plan.rows.packed else 2]
-        capacity *= 1 if table is None else table.shape[2]
-        attended += batch * fresh * capacity
-        read += blocks * batch * capacity * _row_bytes(plan.rows, rows)
+        attended += batch * fresh * plan.expected
+        read += blocks * batch * plan.expected * _row_bytes(plan.rows, rows)
+    if bits is not None:
+        assert plan.rows is not None
+        scratch.append(pltpu.SMEM((bits.shape[2] * SPAN_TILES + plan.rows.tile // LANES,), i32))
     if table is not None:
         pages = table.shape[2]
         spec = pl.BlockSpec((1, 1, pages), lambda b, t, *_: (b, 0, 0), memory_space=pltpu.SMEM)
@@ -451,5 +464,5 @@ def sparse_attention(
             bytes_accessed=read + 2 * q_BTNH.size * q_BTNH.dtype.itemsize,
         ),
         interpret=interpret,
-        name="sparse_attention_gathered" if plan.gathered else "sparse_attention",
+        name="sparse_attention",
     )(*limits, *inputs, *paging.in_hbm((*window, *rows), interpret))

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import api
+from pallas_kernels.sparse_attention import api, tuning
 
 
 class Case(NamedTuple):
     """Sizes and options of one call. layers: length of the cache's stack.
 
-    form: `window` alone, `dense` (all visible rows), `masked` (bits), `gathered` (row numbers).
+    form: `window` alone, `dense` (all visible rows), `masked` (bits, `keep` of them per query).
     """
 
     batch: int
@@ -50,14 +50,11 @@ def _cases(heads: int, keep: int) -> dict[str, Case]:
             cases |= {
                 f"decode_b{batch}_{name}_hca": sized(batch, 1, "dense", hca),
                 f"decode_b{batch}_{name}_csa_masked": sized(batch, 1, "masked", csa),
-                f"decode_b{batch}_{name}_csa_gathered": sized(
-                    batch, 1, "gathered", csa, packed=False, layers=1
-                ),
             }
-        cases[f"prefill_t2048_{name}_hca"] = Case(1, 2048, "dense", hca, heads=heads)
-        cases[f"prefill_t2048_{name}_csa_masked"] = Case(1, 2048, "masked", csa, heads=heads)
-    cases["decode_b64_window"] = Case(64, 1, "window", heads=heads)
-    cases["prefill_t2048_window"] = Case(1, 2048, "window", heads=heads)
+        cases[f"prefill_t2048_{name}_hca"] = sized(1, 2048, "dense", hca)
+        cases[f"prefill_t2048_{name}_csa_masked"] = sized(1, 2048, "masked", csa)
+    cases["decode_b64_window"] = sized(64, 1, "window")
+    cases["prefill_t2048_window"] = sized(1, 2048, "window")
     return cases
 
 
@@ -68,9 +65,6 @@ CASES = {
     "flash_verify_b8_t4_128k_csa_masked": Case(8, 4, "masked", 32768),
     "flash_decode_b8_128k_hca_paged": Case(8, 1, "dense", 1024, packed=False, page=16, slots=9),
     "flash_decode_b8_128k_csa_masked_paged": Case(8, 1, "masked", 32768, page=128, slots=9),
-    "flash_decode_b8_128k_csa_gathered_paged": Case(
-        8, 1, "gathered", 32768, packed=False, page=128, slots=9, layers=1
-    ),
     "flash_decode_b256_1m_csa_masked_paged": Case(
         256, 1, "masked", 262144, page=128, slots=256, layers=1, pool=16384
     ),
@@ -82,11 +76,13 @@ SMALL = {
     "decode_window": Case(5, 1, "window", heads=8, scales=7),
     "decode_dense": Case(9, 1, "dense", 1024, heads=8),
     "decode_masked": Case(9, 1, "masked", 1024, heads=16),
-    "decode_gathered": Case(9, 1, "gathered", 640, 200, heads=8, packed=False),
-    "verify_gathered": Case(3, 3, "gathered", 256, 128, heads=8, packed=False, turned=False),
+    "decode_listed": Case(6, 1, "masked", 1536, 5, heads=8),
+    "decode_listed_paged": Case(5, 1, "masked", 1024, 3, heads=8, page=256, slots=6),
+    "prefill_listed": Case(1, 19, "masked", 2048, 1, heads=8, turned=False),
+    "verify_listed_plain": Case(3, 3, "masked", 640, 2, heads=8, packed=False, turned=False),
     "decode_masked_paged": Case(3, 1, "masked", 1024, heads=8, page=256, slots=5),
-    "decode_gathered_paged": Case(
-        3, 1, "gathered", 512, 100, heads=8, packed=False, page=64, slots=4, turned=False
+    "decode_masked_paged_plain": Case(
+        3, 1, "masked", 512, heads=8, packed=False, page=64, slots=4, turned=False
     ),
     "prefill_dense_plain": Case(2, 21, "dense", 384, heads=8, packed=False),
     "prefill_masked": Case(1, 19, "masked", 1024, heads=8, turned=False),
@@ -117,12 +113,10 @@ def call(case: Case, implementation: api.Implementation | None, *args: Any) -> A
     compressed = None
     if case.form != "window":
         visible, rest = rest[0], rest[1:]
-        chosen, rest = (rest[0], rest[1:]) if case.form != "dense" else (None, rest)
+        words, rest = (rest[0], rest[1:]) if case.form == "masked" else (None, rest)
         rows, rest = rows_of(case, *rest)
         table = rest.pop(0) if case.page else None
-        words = chosen if case.form == "masked" else None
-        numbers = chosen if case.form == "gathered" else None
-        compressed = api.Compressed(rows, visible, layer, words, numbers, table)
+        compressed = api.Compressed(rows, visible, layer, words, table, case.keep)
     return api.sparse_attention(
         q, sink, window, compressed, rotation=rotation, implementation=implementation
     )
@@ -163,11 +157,7 @@ def arguments(case: Case) -> list[Shape]:
         shapes.append(((*queries, -(-case.capacity // 4096) * 128), jnp.int32))
     pages = case.capacity // case.page if case.page else 1
     owners, size = case.pool or case.batch * pages, case.capacity // pages
-    if case.form == "gathered":
-        shapes.append(((*queries, case.keep), jnp.int32))
-        lead = (case.layers, owners, size)
-        shapes.append(((*lead, case.channels // 128, 128), jnp.uint16))
-    elif case.form != "window":
+    if case.form != "window":
         shapes += _store(case, owners, size)
     if case.page:
         shapes.append(((case.batch, pages), jnp.int32))
@@ -180,23 +170,24 @@ REPRESENTATIVE = (
     "flash_decode_b64_8k_csa_masked",
     "flash_decode_b8_128k_csa_masked",
     "flash_decode_b8_128k_csa_masked_plain",
-    "flash_decode_b8_1m_csa_gathered",
+    "flash_decode_b8_1m_csa_masked",
     "pro_decode_b64_8k_hca",
     "pro_decode_b1_1m_csa_masked",
-    "pro_decode_b8_128k_csa_gathered",
     "flash_prefill_t2048_128k_hca",
     "pro_prefill_t2048_1m_csa_masked",
     "flash_verify_b8_t4_128k_csa_masked",
     "flash_heads8_prefill_t2048_128k_csa_masked",
     "flash_decode_b8_128k_hca_paged",
     "flash_decode_b256_1m_csa_masked_paged",
-    "flash_decode_b8_128k_csa_gathered_paged",
     "flash_prefill_t2048_128k_csa_masked_paged",
 )
 
 
 def unavoidable_bytes(name: str) -> int:
-    """HBM bytes of a call at full visibility: every row in use, queries, output, choice, once."""
+    """HBM bytes of a call at full visibility: rows in use, queries, output, choice, once.
+
+    Chosen rows are in use in groups of 128, as many as `keep` rows at random lie in.
+    """
     case = CASES[name]
     packed = case.channels + case.rope + 8  # codes, scales, and two bytes for each rotary channel
     row = packed if case.packed else 2 * case.channels
@@ -204,11 +195,13 @@ def unavoidable_bytes(name: str) -> int:
     window = row if case.fresh == 1 else 2 * case.channels
     total = case.batch * case.window_rows * window
     total += queries * (4 * case.heads * case.channels + 4 * case.rope)
-    if case.form == "gathered":
-        return total + queries * case.keep * (row + 4)
+    if case.form == "window":
+        return total
+    rows: float = case.capacity
     if case.form == "masked":
+        rows = 128 * tuning.live_groups(case.capacity // 128, case.fresh * case.keep)
         total += queries * -(-case.capacity // 4096) * 512
-    return total + (0 if case.form == "window" else case.batch * case.capacity * row)
+    return total + int(case.batch * rows * row)
 
 
 def build(name: str) -> tuple[Any, list[Shape]]:

@@ -10,6 +10,7 @@ import pytest
 from dsv4_jax.cache import init_cache, init_paged_cache
 from dsv4_jax.model import prefill
 from dsv4_jax.numerics import Numerics
+from pallas_kernels.sparse_attention import tuning
 from tests.model.support import Runner, relative, row_cosines
 
 MAX_ABS = 2e-4  # of a spread of 2.5
@@ -61,6 +62,25 @@ def test_plain_logits(folder, chunk, models, within):
             within(f"{case}, absolute", np.abs(other - want).max(initial=0), MAX_ABS)
             if len(rows):
                 within(f"{case}, beside reference, relative", relative(other, got), MAX_RELATIVE)
+
+
+@pytest.mark.slow
+def test_reading_only_groups_with_chosen_rows_changes_nothing(model, within, monkeypatch):
+    """Prefill and decoding on both sides of the crossover, 2 groups of 128 rows for p517."""
+    few = prompts(model, "p130", "p517")
+    expected, runs = model.expected("float32"), []
+    for group_ns in (0.0, 1e9):  # what a group costs beside its copies
+        chip = tuning.Tuning(group_ns, most=1.0, least_groups=1)
+        monkeypatch.setattr(tuning, "of_this_chip", lambda chip=chip: chip)
+        runner = Runner(model, Numerics("plain", "float32", "interpret"), few)
+        runs.append(runner.run(runner.longest, decode=True))
+    for prompt in few:
+        rows, want = (expected[f"{prompt.name}/decode{end}"] for end in ("_rows", ""))
+        got = [run.part(prompt.name, "decode")[rows] for run in runs]
+        case = "checkpoint: plain float32 through kernels, groups with chosen rows, decode"
+        for other in got:
+            within(f"{case}, absolute", np.abs(other - want).max(initial=0), MAX_ABS)
+            within(f"{case}, beside all rows, relative", relative(other, got[0]), MAX_RELATIVE)
 
 
 @pytest.mark.slow

@@ -162,20 +162,25 @@ def visible_earlier(state, q, rows, place, visible, mask, num, absorb=attention.
     return absorb(state, q, rows, place, visible, mask, num)
 
 
-def exchanged_halves(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    values, scores = (jnp.roll(a, row_dim, axis=-1) for a in (recent.values, recent.scores))
-    recent = recent._replace(values=values, scores=scores)
-    return pool(recent, pos_B, num_new, ratio, row_dim)
+def exchanged_halves(windows, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
+    def rolled(count):
+        return tuple(jnp.roll(a, row_dim, axis=-1) for a in windows(count))
+
+    return pool(rolled, pos_B, num_new, ratio, row_dim)
 
 
-def own_windows_only(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    scores = recent.scores.at[..., :row_dim].set(-1e30)  # nothing speaks for the next window
-    return pool(recent._replace(scores=scores), pos_B, num_new, ratio, row_dim)
+def own_windows_only(windows, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
+    def silent(count):
+        values, scores = windows(count)
+        return values, scores.at[..., :row_dim].set(-1e30)  # nothing speaks for the next window
+
+    return pool(silent, pos_B, num_new, ratio, row_dim)
 
 
-def first_row_with_zero_scores(recent, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows):
-    later = recent._replace(start_B=recent.start_B + ratio)
-    return pool(later, pos_B + ratio, num_new, ratio, row_dim)  # as if a window came before
+def first_row_with_zero_scores(
+    windows, pos_B, num_new, ratio, row_dim, pool=compress._pool_windows
+):
+    return pool(windows, pos_B + ratio, num_new, ratio, row_dim)  # as if a window came before
 
 
 def unsigned_weights(query, keys_BSJ, num, score_tile=indexer.score_tile):

@@ -288,7 +288,7 @@ def adversarial_rows(size, rng):
 
 
 def packed_like(cfg, kind):
-    make = store._empty_rows if kind == "rows" else store._empty_keys
+    make = store.empty_rows if kind == "rows" else store.empty_keys
     return make(cfg, (1,), REFERENCE)
 
 

@@ -65,6 +65,16 @@ def test_a_row_names_what_sets_the_floor():
     assert "exceeds HBM" in bench.line(bench._row("row_update", failed, lambda name: 1))
 
 
+def test_a_folded_table_has_the_chips_of_a_case_side_by_side():
+    report = aot.Report("decode_b64_window", "v5p", flops=1.0, hbm_bytes=2765e3, vmem_bytes=1 << 20)
+    failed = report._replace(chip="v5e", error="E1000: CompileTimeHbmOom")
+    rows = [bench._row("row_update", r, lambda name: 2765000) for r in (report, failed)]
+    head, _, line = bench.fold(rows).splitlines()
+    assert head.endswith("| v5p | v5e |")
+    assert line.startswith("| row_update: decode_b64_window | 0.0 | 2.765 | 1.00 | 1e-09 |")
+    assert line.endswith("| 1.0, 1 µs HBM | exceeds HBM |")
+
+
 def test_every_operation_names_cases_and_what_they_must_move():
     for op in bench.OPS.values():
         names = op.names()

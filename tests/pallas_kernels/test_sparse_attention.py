@@ -18,16 +18,27 @@ from dsv4_jax.compress import Chunk
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation, rotate
 from pallas_kernels.index_topk.api import mask_words, words_mask
-from pallas_kernels.sparse_attention import api, kernel, reference
-from pallas_kernels.sparse_attention.shapes import SMALL, call
+from pallas_kernels.sparse_attention import api, kernel, reference, tuning
+from pallas_kernels.sparse_attention.shapes import SMALL, Case, call
 
 IMPLEMENTATIONS = ("reference", "interpret")
 LAYER = 1
 
 
+LISTED = tuning.Tuning(1e9, most=0.9, least_groups=1)  # groups with chosen rows, unless all are
+
+
 @functools.cache
-def compiled(case, implementation):
-    return jax.jit(functools.partial(call, case, implementation))
+def compiled(case, implementation, chip=tuning.DEFAULT):
+    def run(*args):
+        with mock.patch.object(tuning, "of_this_chip", lambda: chip):
+            return call(case, implementation, *args)
+
+    return jax.jit(run)
+
+
+def chip_for(name):
+    return LISTED if "listed" in name else tuning.DEFAULT
 
 
 def row_store(rng, case, size, layers=None, packed=None):
@@ -47,7 +58,7 @@ def row_store(rng, case, size, layers=None, packed=None):
 
 def edges(case):
     """Visible counts around lanes, tiles and the capacity, none and one among them."""
-    most = case.keep if case.form == "gathered" else case.capacity
+    most = case.capacity
     near = [0, 1, most, most - 1, *(n + d for n in (128, 512, 256) for d in (-1, 0, 1))]
     near = sorted({n for n in near if 0 <= n <= most}, key=lambda n: (n % 3, n))
     return np.resize(near, (case.batch, case.fresh)).astype(np.int32)
@@ -76,13 +87,10 @@ def arguments(case, seed=0):
         return args
     args.append(jnp.asarray(edges(case)))
     if case.form == "masked":
-        mask = rng.random((*queries, case.capacity)) < 0.3
+        mask = rng.random((*queries, case.capacity)) < min(0.3, case.keep / case.capacity)
+        mask[0], mask[-1] = mask[0] | (case.batch > 4), mask[-1] & (case.batch < 4)
         args.append(mask_words(jnp.asarray(mask)))
-    if case.form == "gathered":
-        args.append(jnp.asarray(rng.integers(0, case.capacity, (*queries, case.keep)), jnp.int32))
     rows = row_store(rng, case, case.capacity)
-    if case.form == "gathered":
-        rows = [rows[0].reshape(*rows[0].shape[:3], -1, 128)]
     if case.page:
         pages = case.batch * case.capacity // case.page
         rows.append(jnp.asarray(rng.permutation(pages).reshape(case.batch, -1), jnp.int32))
@@ -122,16 +130,14 @@ def by_loops(case, args):
     if case.slots:
         rest.pop(0)
     visible = rest.pop(0) if case.form != "window" else None
-    chosen = rest.pop(0) if case.form in ("masked", "gathered") else None
+    chosen = rest.pop(0) if case.form == "masked" else None
     more = rows_from(rest, case.capacity, case.packed) if case.form != "window" else None
     out = np.zeros(q.shape)
     for b, t in np.ndindex(case.batch, case.fresh):
         rows = [window[b, int(start[b, t]) : int(stop[b, t])]]
         if more is not None:
             count = int(visible[b, t])
-            if case.form == "gathered":
-                rows.append(more[b, np.asarray(chosen[b, t])[:count]])
-            elif case.form == "masked":
+            if case.form == "masked":
                 mask = np.asarray(words_mask(chosen[b : b + 1, t : t + 1], case.capacity))[0, 0]
                 rows.append(more[b, :count][mask[:count]])
             else:
@@ -149,7 +155,8 @@ def by_loops(case, args):
     return out
 
 
-SLOW = {("interpret", name) for name in ("decode_dense", "verify_gathered", "prefill_masked")}
+SLOW = {("interpret", name) for name in ("decode_dense", "prefill_masked")}
+SLOW |= {(name, "prefill_listed") for name in IMPLEMENTATIONS}
 CONTRACT = [
     pytest.param(i, name, marks=[pytest.mark.slow] if (i, name) in SLOW else [])
     for i in IMPLEMENTATIONS
@@ -161,7 +168,8 @@ CONTRACT = [
 def test_output_is_that_of_the_definition(implementation, name):
     case = SMALL[name]
     args = arguments(case)
-    out = np.asarray(compiled(case, implementation)(*placed(case, args)), np.float64)
+    run = compiled(case, implementation, chip_for(name))
+    out = np.asarray(run(*placed(case, args)), np.float64)
     wanted = by_loops(case, args)
     # bfloat16 probabilities and output: 2^-8 relative to the largest channel of a head
     size = np.abs(wanted).max(axis=-1, keepdims=True) + 1e-6
@@ -170,13 +178,14 @@ def test_output_is_that_of_the_definition(implementation, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["decode_gathered", pytest.param("decode_masked", marks=pytest.mark.slow)]
+    "name", ["decode_listed", pytest.param("decode_masked", marks=pytest.mark.slow)]
 )
 def test_no_race_and_no_uninitialised_memory(name, monkeypatch):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as state
 
     case = SMALL[name]._replace(batch=2)
     args = arguments(case)
+    monkeypatch.setattr(tuning, "of_this_chip", lambda: chip_for(name))
     run = kernel.sparse_attention
     careful = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(kernel, "sparse_attention", lambda *a: run(*a[:-1], careful))
@@ -269,6 +278,58 @@ def test_a_ring_is_the_history_in_another_order():
     start, stop = api.window_bounds(jnp.asarray([0, 126, 500], jnp.int32), 3, 131, 128)
     assert (stop - start).tolist() == [[1, 2, 3], [127, 128, 128], [128, 128, 128]]
     assert stop.tolist() == [[129, 130, 131]] * 3
+
+
+def sparse_choice(case, groups):
+    """Mask words of queries that choose rows 5 and 77 of some groups of 128, and all see."""
+    mask = np.zeros((case.batch, case.fresh, case.capacity), bool)
+    for b, chosen in enumerate(groups):
+        for group in chosen:
+            mask[b, :, 128 * group + 5] = mask[b, :, 128 * group + 77] = True
+    return mask_words(jnp.asarray(mask)), np.full(mask.shape[:2], case.capacity, np.int32)
+
+
+def test_listed_groups_alone_are_read():
+    """Whatever is not read may be anything: here, what would make every sum NaN."""
+    case = SMALL["decode_listed"]
+    args, groups = arguments(case), [[0, 11], [3, 4, 5, 6, 9], [], [7], [1, 2, 10, 11], [0]]
+    first = len(args) - 4
+    args[first + 1], args[first] = sparse_choice(case, groups)
+    wanted = by_loops(case, args)
+    values = np.array(args[-2])
+    for b, chosen in enumerate(groups):
+        for group in set(range(case.capacity // 128)) - set(chosen):
+            values[:, b, 128 * group : 128 * (group + 1)] = 0x7F  # NaN
+    args[-2] = jnp.asarray(values)
+    out = np.asarray(compiled(case, "interpret", LISTED)(*args), np.float64)
+    assert np.abs(out - wanted).max() < 0.01 * np.abs(wanted).max()
+
+
+def test_blocks_list_their_groups_up_to_the_share_of_the_chip(monkeypatch):
+    """Of what is visible: bits of a later row neither count nor are listed."""
+    case = Case(4, 1, "masked", 8192, heads=8)
+    words, _ = sparse_choice(case, [[0, 40], [1, 2, 3, 4], [63], []])
+    visible = jnp.asarray([[8192], [1024], [8000], [4096]], jnp.int32)
+    rows = jnp.zeros((1, 4, 8192, 128), jnp.uint16)
+    compressed = api.Compressed(rows, visible, words=words)
+    q = jnp.zeros((4, 1, 8, 128), jnp.bfloat16)
+    window = api.Window(jnp.zeros((1, 4, 128, 128), jnp.uint16), visible, visible)
+    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(15, least_groups=64))
+    sizes = api.plan(q, window, compressed, False)
+    bits, live = api._live_groups(sizes, compressed)
+    assert sizes.listed and live.tolist() == [2, -1, 0, 0]
+    assert bits.tolist() == [[[1, 256]], [[30, 0]], [[0, 0]], [[0, 0]]]
+    monkeypatch.setattr(tuning, "of_this_chip", lambda: tuning.Tuning(15, least_groups=65))
+    assert not api.plan(q, window, compressed, False).listed
+
+
+def test_a_chip_lists_more_groups_the_longer_one_takes():
+    assert tuning.of_this_chip() == tuning.DEFAULT  # this machine has no TPU
+    for chip in tuning.TABLE.values():
+        shares = [chip.share(rows) for rows in (1, 64, 128, 1024)]
+        assert shares == sorted(shares) and 0.3 < shares[1] and shares[-1] == chip.most
+    assert tuning.live_groups(2048, 1) == pytest.approx(1)
+    assert tuning.live_groups(2, 2) == pytest.approx(1.5)
 
 
 def test_queries_without_rows_give_zero():

@@ -29,6 +29,7 @@ class SchedulerConfig:
         max_long_prefills: only so many of them are prefilled at once.
         ageing_s: Waiting that counts as much as one step of priority.
         quantum: Cost a tenant may use up in one turn.
+        guesses: Tokens a step may verify beside the newest one; see `pace`.
         queue: Bounds of the queue.
 
     Raises:
@@ -48,6 +49,7 @@ class SchedulerConfig:
     max_long_prefills: int = 2
     ageing_s: float = 30.0
     quantum: int = 4096
+    guesses: int = 0
     queue: QueueLimits = field(default_factory=QueueLimits)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class SchedulerConfig:
         for name in ("num_slots", "max_len", "max_long_prefills", "ageing_s", "quantum"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.guesses < 0:
+            raise ValueError(f"guesses={self.guesses} must not be negative")
         for size in (self.checkpoint_every, *self.chunk_sizes):
             if size < UNIT or size % UNIT:
                 raise ValueError(

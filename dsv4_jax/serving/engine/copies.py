@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.serving.engine.device import Programs
 from dsv4_jax.serving.engine.mirror import Mirror
+from dsv4_jax.serving.engine.programs import Programs
 
 
 @dataclass(eq=False)

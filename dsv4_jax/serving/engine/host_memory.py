@@ -19,7 +19,6 @@ from dsv4_jax.serving.engine.host import Unit
 from dsv4_jax.serving.engine.request import Request, Status
 from dsv4_jax.serving.engine.runner import PAGES_AT_ONCE, Runner
 
-
 Entry = tuple[str, Unit]  # "page" or "checkpoint", of which unit
 
 

@@ -22,13 +22,15 @@ from dsv4_jax.serving.engine.blobs import BlobStore
 from dsv4_jax.serving.engine.checkpoints import CheckpointPool
 from dsv4_jax.serving.engine.compiles import compiled_here
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import FAILED, Programs, Sizes
+from dsv4_jax.serving.engine.device import FAILED, Sizes
 from dsv4_jax.serving.engine.disk import DiskTier, layout_of
 from dsv4_jax.serving.engine.host_memory import HostMemory
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.mirror import Mirror, ProcessLost, Sender
+from dsv4_jax.serving.engine.pace import Pace
 from dsv4_jax.serving.engine.pages import PageAllocator
 from dsv4_jax.serving.engine.prefix import PrefixCache
+from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.request import FinishReason, Request
 from dsv4_jax.serving.engine.runner import Landed, Launched, Row, Runner
 from dsv4_jax.serving.engine.scheduler import Delivery, Scheduler
@@ -89,6 +91,7 @@ class Engine:
         shards: The mesh its weights are spread over, by the rules `ENGINE`.
         channel: To the other processes of the mesh, which `mirror.follow` it.
         disk_cache: Where prefixes outlive the process; None keeps none.
+        adapts: Guesses only while that pays.
 
     Raises:
         ValueError: sizes that contradict each other, or the folder cannot be used.
@@ -109,9 +112,14 @@ class Engine:
         shards: Shards = SINGLE,
         channel: Sender | None = None,
         disk_cache: DiskCache | None = None,
+        adapts: bool = True,
     ) -> None:
         if sizes.slots != scheduling.num_slots or sizes.max_len != scheduling.max_len:
             raise ValueError("sizes of device and scheduler differ")
+        if sizes.guesses != scheduling.guesses:
+            raise ValueError("guesses of device and scheduler differ")
+        if sizes.guesses and not cfg.num_mtp_layers:
+            raise ValueError(f"guesses={sizes.guesses} need an MTP block, which this model lacks")
         if UNIT % page_unit(cfg):
             raise ValueError(
                 f"compress_ratios need pages of {page_unit(cfg)} tokens; the unit here is {UNIT}"
@@ -132,7 +140,10 @@ class Engine:
         store = CheckpointPool(sizes.checkpoints)
         tier = self.host if host_cache_bytes or disk_cache else None
         cache = PrefixCache(self.pages, store, fingerprint, tier, evicted)
-        self.scheduler = Scheduler(scheduling, cache, self.host, time.monotonic, metrics)
+        self.pace = Pace(scheduling.guesses, adapts)
+        args = (scheduling, cache, self.host, time.monotonic, metrics, self.pace)
+        self.scheduler = Scheduler(*args)
+        self._landed_s = 0.0  # when the newest results came
         metrics.describe(
             "cache_config_info",
             "Sizes of the cache.",
@@ -239,6 +250,7 @@ class Engine:
             checkpoints=checkpoints,
             keep_output=keep_output,
             guided=guide is not None,
+            early=allowed.early if payload.has_early and allowed is not None else 0,
             reuse_prefix=sampling.prompt_logprobs is None,
             continues=continues,
             leader=after.request if after is not None else None,
@@ -393,19 +405,19 @@ class Engine:
         try:
             for part in step.launched:
                 landed.append(part.land())
-                self._measure(part)
+                self._measure(part, len(step.launched) == 1)
         except Exception as error:
             self._survive(plan, error)
         self.host.settle()
         if self.disk is not None:
             self.disk.pump()
         failed = {row.slot for row in (*plan.prefill, *plan.decode)}
-        tokens: dict[int, int] = {}
+        tokens: dict[int, list[int]] = {}
         places: dict[Request, tuple[Landed, int]] = {}
         for part in landed:
-            for i, (row, token) in enumerate(zip(part.rows, part.tokens, strict=True)):
-                tokens[row.slot], places[row.request] = token, (part, i)
-                if (error := self._error_of(row, token, part)) is None:
+            for i, (row, drawn) in enumerate(zip(part.rows, part.tokens, strict=True)):
+                tokens[row.slot], places[row.request] = drawn, (part, i)
+                if (error := self._error_of(row, drawn, part)) is None:
                     failed.remove(row.slot)
                 else:
                     row.request.payload.error = error
@@ -416,14 +428,19 @@ class Engine:
         with self._lock:
             self._report()
 
-    def _measure(self, part: Launched) -> None:
-        self.metrics.step(part.program, time.monotonic() - part.start_s)
+    def _measure(self, part: Launched, is_alone: bool) -> None:
+        """Notes what a program took; `is_alone`: it was the only one of its step."""
+        now_s = time.monotonic()
+        self.metrics.step(part.program, now_s - part.start_s)
+        begin_s, self._landed_s = max(part.start_s, self._landed_s), now_s
+        if part.program != "prefill" and is_alone:
+            self.pace.took(len(part.rows), part.width, now_s - begin_s)
         if part.mask_s is not None:
             self.metrics.observe("grammar_mask_seconds", part.mask_s)
 
-    def _error_of(self, row: Row, token: int, part: Landed) -> Exception | None:
+    def _error_of(self, row: Row, tokens: Sequence[int], part: Landed) -> Exception | None:
         """Why a row must not count."""
-        if token == FAILED:
+        if FAILED in tokens:
             self.metrics.count("nan_logits")
             return NotFinite("the model's logits hold NaN or infinity")
         if row.slot in part.failed:
@@ -447,7 +464,8 @@ class Engine:
                 self._fail(request, SlowReader("the stream is read more slowly than it grows"))
             return
         best = payload.sampling.logprobs
-        payload.ready.append(token_of(delivery.token, part.logprobs, index, best))
+        place = index, delivery.at
+        payload.ready.append(token_of(delivery.token, part.logprobs, place, best))
         self._ready.add(payload)
 
     def _hand_out(self) -> None:

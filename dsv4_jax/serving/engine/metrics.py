@@ -58,6 +58,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "admission_rejections": ("Requests turned away.", ("reason",)),
     "nan_logits": ("Rows whose results were not finite.", ()),
     "grammar_errors": ("Requests whose guide failed or refused a token.", ()),
+    "spec_decode_num_drafts": ("Rows of which guesses were verified.", ()),
+    "spec_decode_num_draft_tokens": ("Guesses that were verified.", ()),
+    "spec_decode_num_accepted_tokens": ("Guesses that stood.", ()),
+    "spec_decode_num_accepted_tokens_per_pos": ("The same by place in the row.", ("position",)),
     "compilations_after_ready": ("Programs compiled while requests were served.", ()),
 }
 PHASES = {
@@ -169,6 +173,14 @@ class Metrics:
             self.observe("time_to_first_token_seconds", now - request.times.arrived)
         else:
             self.observe("inter_token_latency_seconds", now - request.times.last_token)
+
+    def guessed(self, guesses: int, taken: int) -> None:
+        """Records that so many guesses of a row were verified, of which the first so many stood."""
+        self.count("spec_decode_num_drafts")
+        self.count("spec_decode_num_draft_tokens", guesses)
+        self.count("spec_decode_num_accepted_tokens", taken)
+        for place in range(taken):
+            self.count("spec_decode_num_accepted_tokens_per_pos", position=str(place))
 
     def finished(self, request: Request, was: Status) -> None:
         """Records the end of a request that was in the given state."""

@@ -18,15 +18,17 @@ import numpy as np
 from flax import struct
 
 from dsv4_jax.sampling import Knobs
-from dsv4_jax.serving.engine.device import Batch, Programs, Prompt
+from dsv4_jax.serving.engine.device import Batch, Prompt
+from dsv4_jax.serving.engine.programs import Programs
 
 BATCH = Batch(0, 0, 0, Knobs(*[0] * len(Knobs._fields)), 0)
 # Programs with what they take behind weights and state, as trees of one leaf per host array.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "init": (),
     "decode": (BATCH,),
-    "prefill": (BATCH, Prompt(0, 0, 0)),
-    "start_slot": (0, 0),
+    "verify": (BATCH,),
+    "prefill": (BATCH, Prompt(0, 0, 0, 0)),
+    "start_slot": (0, 0, 0),
     "set_uses": (0, 0),
     "copy_pages": (0, 0),
     "read_pages": (0,),
@@ -38,7 +40,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "save_rings": (0, 0),
     "load_rings": (0, 0),
 }
-STEPS = ("decode", "prefill")
+STEPS = ("decode", "verify", "prefill")
 READS = ("read_pages", "read_slot", "read_checkpoint")
 END = "end"
 

@@ -59,6 +59,7 @@ class Request:
         keep_output: The next request of this conversation will contain the output as it is.
         guided: What may be drawn next depends on what was drawn before, so a step is planned only
             once the token in front of it is known.
+        early: So many tokens of output are drawn one a step: what may be drawn differs for them.
         reuse_prefix: May start behind a cached prefix; off where all prompt logits are needed.
         continues: An answer that has begun: it is not refused, however many wait.
         leader: A request with the same prompt to wait for, since its prefix will be cached.
@@ -74,6 +75,7 @@ class Request:
     checkpoints: Sequence[int] = ()
     keep_output: bool = False
     guided: bool = False
+    early: int = 0
     reuse_prefix: bool = True
     continues: bool = False
     leader: Request | None = None
@@ -96,7 +98,10 @@ class Request:
     pages: list[int] = field(default_factory=list)
     target: int = 0  # tokens to prefill
     tail: int = 0  # from here on in chunks that prompts share; the prompt's end if it has none
-    planned: int = 0  # tokens whose computation has been handed out
+    planned: int = 0  # tokens whose computation has been handed out, at most
+    least: int = 0  # and at least: guesses may fail
+    ahead: int = 0  # tokens that decoding rows without results may compute
+    snapped: int = 0  # where the newest snapshot of the output was asked for
     committed: int = 0  # tokens whose rows are known to be right
     cuts: list[int] = field(default_factory=list)  # where chunks end for a checkpoint
     skipped: int = 0  # steps whose prefill went to others

@@ -21,12 +21,14 @@ from dsv4_jax.sampling import (
     no_bias,
 )
 from dsv4_jax.serving.engine.config import SchedulerConfig
-from dsv4_jax.serving.engine.device import Batch, Programs, Prompt, Sampled
+from dsv4_jax.serving.engine.device import Batch, Prompt, Sampled
 from dsv4_jax.serving.engine.mirror import Mirror
+from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.request import Request
 from dsv4_jax.serving.engine.step import DecodeRow, PageCopy, PrefillRow, SlotStart, StepPlan
 from dsv4_jax.serving.engine.stream import Payload
 from dsv4_jax.serving.model import Allowed
+from dsv4_jax.speculation import EMPTY
 
 Row = PrefillRow | DecodeRow
 PAGES_AT_ONCE = 16  # that leave or enter the device in one call
@@ -46,14 +48,19 @@ class Launched:
     mask_s: float | None = None  # to fill the masks of guides, if there are any
     start_s: float = field(default_factory=time.monotonic)
 
+    width: int = 1  # tokens that were computed of each row that decodes
+
     @property
     def program(self) -> str:
         """What computes the rows."""
-        return "prefill" if isinstance(self.rows[0], PrefillRow) else "decode"
+        if isinstance(self.rows[0], PrefillRow):
+            return "prefill"
+        return "decode" if self.width == 1 else "verify"
 
     def land(self) -> Landed:
         """Waits for the results; log-probabilities of prompts go to their requests at once."""
-        tokens = np.asarray(self.sampled.tokens_B)[: len(self.rows)].tolist()
+        drawn = np.asarray(self.sampled.tokens_BT)[: len(self.rows)].tolist()
+        tokens = [[token for token in row if token != EMPTY] for row in drawn]
         payloads = [row.request.payload for row in self.rows]
         logprobs = None
         if any(payload.sampling.logprobs is not None for payload in payloads):
@@ -71,7 +78,7 @@ class Landed(NamedTuple):
     """Results of a step on the host, in the order of its rows."""
 
     rows: Sequence[Row]
-    tokens: list[int]
+    tokens: list[list[int]]
     logprobs: Logprobs | None
     failed: dict[int, Exception]
 
@@ -134,6 +141,8 @@ class Runner:
         programs, scratch, first = self.programs, np.int32(self._scratch), np.int32(0)
         for size in self._config.decode_batches:
             self.state, _ = programs.decode(programs.params, self.state, self._padding(size))
+            if self._config.guesses:
+                self.state, _ = programs.verify(programs.params, self.state, self._padding(size))
         config = self._config
         shapes = list(itertools.product(config.prefill_batches, config.chunk_sizes))
         for size, chunk in shapes + ([config.tail_shape] if config.tail_shape else []):
@@ -142,7 +151,7 @@ class Runner:
         self.state = programs.copy_pages(self.state, none, none)
         self.state = programs.save_rings(self.state, scratch, first)
         self.state = programs.load_rings(self.state, scratch, first)
-        self.state = programs.start_slot(self.state, scratch, first)
+        self.state = programs.start_slot(self.state, scratch, first, first)
         uses = count_uses([0], [], programs.vocab_size)
         self.state = programs.set_uses(self.state, scratch, uses)
         # What comes back may still be on its way to the host, or be there: two signatures.
@@ -190,7 +199,8 @@ class Runner:
         if start.checkpoint is not None:
             self.state = programs.load_rings(self.state, slot, np.int32(start.checkpoint))
         if request.num_generated:
-            self.state = programs.start_slot(self.state, slot, np.int32(request.tokens[-1]))
+            newest = np.int32(request.tokens[-1]), np.int32(len(request.tokens) - 1)
+            self.state = programs.start_slot(self.state, slot, *newest)
         if request.payload.sampling.penalizes:
             generated = request.tokens[len(request.prompt) :]
             uses = count_uses(request.prompt, generated, programs.vocab_size)
@@ -204,12 +214,13 @@ class Runner:
 
     def _decode(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.decode_batch, 3), np.int32)
-        rows_B3[: len(plan.decode)] = [(row.position, 1, 1) for row in plan.decode]
+        rows_B3[: len(plan.decode)] = [(row.stop, 1, 1) for row in plan.decode]
         start_s = time.monotonic()
         batch, failed, mask_s = self._batch(plan.decode, rows_B3)
-        self.state, sampled = self.programs.decode(self.programs.params, self.state, batch)
-        sampled.tokens_B.copy_to_host_async()
-        return Launched(plan.decode, sampled, None, failed, mask_s, start_s)
+        program = self.programs.decode if plan.width == 1 else self.programs.verify
+        self.state, sampled = program(self.programs.params, self.state, batch)
+        sampled.tokens_BT.copy_to_host_async()
+        return Launched(plan.decode, sampled, None, failed, mask_s, start_s, plan.width)
 
     def _prefill(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.prefill_batch, 3), np.int32)
@@ -224,21 +235,24 @@ class Runner:
         self, batch: Batch, rows: Sequence[PrefillRow], size: int, chunk: int
     ) -> tuple[Sampled, Logprobs | None]:
         tokens, scored = np.zeros((size, chunk), np.int32), np.zeros(size, bool)
+        behind = np.zeros(size, np.int32)
         targets: Any = None
         for i, row in enumerate(rows):
             tokens[i, : len(row.tokens)] = row.tokens
+            end = row.start + len(row.tokens)
+            behind[i] = row.request.tokens[end] if end < len(row.request.tokens) else 0
             if row.request.payload.sampling.prompt_logprobs is not None:
                 targets = np.zeros_like(tokens) if targets is None else targets
-                behind = row.request.prompt[row.start + 1 : row.start + 1 + len(row.tokens)]
-                targets[i, : len(behind)] = behind
+                judged = row.request.prompt[row.start + 1 : end + 1]
+                targets[i, : len(judged)] = judged
                 scored[i] = True
         is_scored = targets is not None
         if not is_scored:
             targets = self._constant((size, chunk), 0, np.int32)
         self.state, sampled, scores = self.programs.prefill(
-            self.programs.params, self.state, batch, Prompt(tokens, targets, scored)
+            self.programs.params, self.state, batch, Prompt(tokens, targets, scored, behind)
         )
-        sampled.tokens_B.copy_to_host_async()
+        sampled.tokens_BT.copy_to_host_async()
         return sampled, scores if is_scored else None
 
     def _batch(
@@ -391,5 +405,5 @@ def _own_mask(row: Row, width: int) -> np.ndarray | None:
 
 def _drawn(row: Row) -> int:
     """Tokens drawn before the one that this row draws."""
-    end = row.start + len(row.tokens) if isinstance(row, PrefillRow) else row.position + 1
+    end = row.start + len(row.tokens) if isinstance(row, PrefillRow) else row.stop
     return end - len(row.request.prompt)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv4_jax.serving.engine.checkpoints import Handle
 from dsv4_jax.serving.engine.config import SchedulerConfig
 from dsv4_jax.serving.engine.metrics import Metrics
 from dsv4_jax.serving.engine.node import Hit
+from dsv4_jax.serving.engine.pace import Pace
 from dsv4_jax.serving.engine.parking import Parking
 from dsv4_jax.serving.engine.prefill import choose_chunk, piece, prefill_order, same_kind
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import FinishReason, Request, Status
-from dsv4_jax.serving.engine.slots import InFlight, Slots
-from dsv4_jax.serving.engine.step import DecodeRow, Draft, PrefillRow, StepPlan, bucket
+from dsv4_jax.serving.engine.slots import InFlight, Row, Slots
+from dsv4_jax.serving.engine.step import Draft, PrefillRow, StepPlan, bucket
 from dsv4_jax.serving.engine.units import UNIT
 from dsv4_jax.serving.engine.waiting import Rejection, WaitingQueue
 
@@ -28,11 +29,15 @@ MAX_RETRY_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A token that now belongs to a request, as number `index` of what it generated."""
+    """A token that now belongs to a request, as number `index` of what it generated.
+
+    `at`: it was number so many of its step.
+    """
 
     request: Request
     token: int
     index: int
+    at: int = 0
 
 
 class Scheduler:
@@ -44,6 +49,7 @@ class Scheduler:
         parking: Keeps the state of requests that lose their slot.
         clock: Seconds that never go back.
         metrics: Where things are counted.
+        pace: How many tokens a step computes of rows that decode.
     """
 
     def __init__(
@@ -53,10 +59,12 @@ class Scheduler:
         parking: Parking,
         clock: Callable[[], float],
         metrics: Metrics | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.config = config
         self.cache = cache
         self.metrics = metrics or Metrics(max_len=config.max_len)
+        self.pace = pace or Pace(config.guesses)
         self.queue = WaitingQueue(config.queue, config.quantum)
         self.slots = Slots(config, cache, parking)
         self.preempted: list[Request] = []  # most urgent first
@@ -164,7 +172,7 @@ class Scheduler:
         self._plan_prefill(draft, record)
         for page in record.copied:
             self.cache.pages.release(page)
-        if not record.rows and not draft.starts:
+        if not record.rows and not draft.starts and not draft.snapshots:
             return None
         self._steps += 1
         self._in_flight.append(record)
@@ -173,7 +181,7 @@ class Scheduler:
         return plan
 
     def complete(
-        self, step: int, tokens: Mapping[int, int], failed: Collection[int] = ()
+        self, step: int, tokens: Mapping[int, Sequence[int]], failed: Collection[int] = ()
     ) -> list[Delivery]:
         """Takes the results of the oldest step that has none.
 
@@ -186,23 +194,22 @@ class Scheduler:
         Returns:
             The tokens of requests that had not ended in the meantime, though they may now.
         """
-        record = self._in_flight.popleft()
+        record, delivered = self._in_flight.popleft(), []
         assert record.step == step, f"results of step {step}, expected those of {record.step}"
         for row in record.rows:
             row.request.in_flight -= 1
             if row.slot in failed:
                 self.finish(row.request, FinishReason.ERROR)
-            elif row.request.is_live:
-                self.slots.commit(row)
+            elif row.request.status is not Status.FINISHED:
+                delivered += self._take(row, tokens.get(row.slot, ()))
         for node in record.restored:
             self.cache.restored(node)
             self.slots.retry()
         for request, position, handle in record.snapshots:
             self.slots.keep(request, position, handle)
-        delivered = []
         for row in record.rows:
             if row.samples and row.request.status is not Status.FINISHED:
-                delivered += self._deliver(row.request, tokens[row.slot])
+                self._end_if_done(row.request)
         self.metrics.count("generation_tokens", len(delivered))
         return delivered
 
@@ -222,20 +229,45 @@ class Scheduler:
                 self.finish(request, FinishReason.QUEUE_TIMEOUT)
 
     def _plan_decode(self, draft: Draft, record: InFlight) -> None:
-        """One token for everyone who runs; the most urgent get pages first."""
-        for request in sorted(self.slots.live.values(), key=lambda r: r.rank):
-            if request.status is not Status.RUNNING or request.planned + 1 >= request.limit:
-                continue
+        """One token, or more, for everyone who runs; the most urgent get pages first."""
+        running = [r for r in self.slots.live.values() if r.status is Status.RUNNING]
+        draft.width = self.pace.width(len(running)) if running else 1
+        for request in sorted(running, key=lambda r: r.rank):
+            if request.status is not Status.RUNNING or request.least + 1 >= request.limit:
+                continue  # preempted for one before it, or all is handed out
             if request.guided and request.in_flight:
+                continue
+            if request.keep_output and self._waits_at_edge(request, draft, record):
                 continue
             while request.is_live and not self.slots.grow(request, draft):
                 self._preempt(max(self.slots.live.values(), key=lambda r: r.rank))
             if request.slot is None:
                 continue
-            draft.decode.append(DecodeRow(request.slot, request.planned, request))
-            self.slots.hand_out(request, 1, True, record)
+            width = 1 if self._is_careful(request) else draft.width
+            stop = min(request.planned + width, request.limit - 1, self.slots.room(request))
+            if request.keep_output:
+                stop = min(stop, edge_of(request))
+            draft.decode.append(self.slots.hand_out_decode(request, stop, width, record))
             if request.keep_output and request.planned % UNIT == 0:
-                self.slots.snapshot(request, draft, record)
+                self._snapshot_if_there(request, draft, record)
+
+    def _is_careful(self, request: Request) -> bool:
+        """Whether the next token may be drawn only where the one in front of it is known."""
+        return request.guided or request.planned + 1 - len(request.prompt) < request.early
+
+    def _waits_at_edge(self, request: Request, draft: Draft, record: InFlight) -> bool:
+        """Whether output that is kept stands still at the end of a unit, for its snapshot."""
+        position = request.planned
+        if position <= len(request.prompt) or position % UNIT or position == request.snapped:
+            return False
+        self._snapshot_if_there(request, draft, record)
+        return True
+
+    def _snapshot_if_there(self, request: Request, draft: Draft, record: InFlight) -> None:
+        """Takes a snapshot if the steps so far leave the state where it may be, for certain."""
+        if request.least == request.planned:
+            self.slots.snapshot(request, draft, record)
+            request.snapped = request.planned
 
     def _preempt(self, request: Request) -> None:
         """Takes slot and pages; the state is parked."""
@@ -308,7 +340,7 @@ class Scheduler:
             rows = min(draft.prefill_batch, len(fits))
         else:
             alone = max(config.step_tokens, config.chunk_sizes[-1])
-            budget = config.step_tokens - len(draft.decode) if draft.decode else alone
+            budget = config.step_tokens - draft.width * len(draft.decode) if draft.decode else alone
             sizes = config.chunk_sizes, config.prefill_batches
             draft.chunk, rows = choose_chunk(pieces, budget, *sizes)
             draft.prefill_batch = bucket(rows, config.prefill_batches)
@@ -332,24 +364,38 @@ class Scheduler:
         if samples:
             request.status = Status.RUNNING
 
-    def _deliver(self, request: Request, token: int) -> list[Delivery]:
-        """Adds a token to a request's log and ends the request if that was the last one."""
-        if request.max_tokens == 0:
-            self.finish(request, FinishReason.LENGTH)
-            return []
-        now = self._clock()
-        self.metrics.token(request, now)
-        if request.times.first_token is None:
-            request.times.first_token = now
-        request.times.last_token = now
-        request.tokens.append(token)
-        delivery = Delivery(request, token, request.num_generated - 1)
-        self.queue.charge(request.tenant, DECODE_COST)
-        if token in request.stop_ids:
+    def _take(self, row: Row, tokens: Sequence[int]) -> list[Delivery]:
+        """Notes what a row computed, and adds its tokens to the log up to the last that counts."""
+        request, delivered = row.request, []
+        if row.width:
+            self._count_guesses(row, len(tokens))
+        for at, token in enumerate(tokens if row.samples and request.max_tokens else ()):
+            now = self._clock()
+            self.metrics.token(request, now)
+            if request.times.first_token is None:
+                request.times.first_token = now
+            request.times.last_token = now
+            request.tokens.append(token)
+            delivered.append(Delivery(request, token, request.num_generated - 1, at))
+            self.queue.charge(request.tenant, DECODE_COST)
+            if is_done(request):
+                break
+        if not request.is_live:
+            return delivered
+        self.slots.advanced(row) if row.width else self.slots.commit(row)
+        return delivered
+
+    def _count_guesses(self, row: Row, count: int) -> None:
+        guesses = min(row.width, row.end - len(row.request.tokens) + 1) - 1
+        if guesses > 0 and count:
+            self.pace.saw(guesses, count - 1)
+            self.metrics.guessed(guesses, count - 1)
+
+    def _end_if_done(self, request: Request) -> None:
+        if request.num_generated and request.tokens[-1] in request.stop_ids:
             self.finish(request, FinishReason.STOP)
-        elif len(request.tokens) >= request.limit:
+        elif is_done(request):
             self.finish(request, FinishReason.LENGTH)
-        return [delivery]
 
     def _watch(self) -> None:
         """Lets the gauges read the state."""
@@ -381,3 +427,15 @@ class Scheduler:
         for name in {request.tenant for request in self.requests()}:
             own = sum(request.tenant == name for request in served)
             assert self.queue.slots_of(name) == own, f"slots of tenant {name}"
+
+
+def edge_of(request: Request) -> int:
+    """The next end of a unit: output that is kept must not be computed past it at once."""
+    return (request.planned // UNIT + 1) * UNIT
+
+
+def is_done(request: Request) -> bool:
+    """Whether a request's log is complete."""
+    if request.num_generated and request.tokens[-1] in request.stop_ids:
+        return True
+    return len(request.tokens) >= request.limit

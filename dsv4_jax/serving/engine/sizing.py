@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsv4_jax.attention import FEW_QUERIES
 from dsv4_jax.cache import page_unit
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.kernels import PACKED_PAGE
@@ -31,6 +32,8 @@ def plan_sizes(
     slots: int,
     cache_tokens: int | None = None,
     page_tokens: int = UNIT,
+    guesses: int = 0,
+    rejects: bool = False,
 ) -> tuple[SchedulerConfig, Sizes]:
     """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
 
@@ -38,10 +41,15 @@ def plan_sizes(
     follows from its own request, so what a request computes does not depend on the load.
 
     Raises:
-        ValueError: the cache cannot hold one request of `max_len`, or slots is not positive.
+        ValueError: the cache cannot hold one request of `max_len`, slots is not positive, or
+            `guesses` are more than a step can verify or the model can make.
     """
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
+    if guesses and not cfg.num_mtp_layers:
+        raise ValueError(f"guesses={guesses} need an MTP block, which this model lacks")
+    if not 0 <= guesses < FEW_QUERIES:
+        raise ValueError(f"guesses={guesses} must lie between 0 and {FEW_QUERIES - 1}")
     if UNIT % page_unit(cfg):
         raise ValueError(
             f"compress_ratios need pages of {page_unit(cfg)} tokens; the server's are {UNIT}"
@@ -59,11 +67,12 @@ def plan_sizes(
         decode_batches=(slots,),
         chunk_sizes=(CHUNK,),
         tail_shape=(min(CHUNK // UNIT, slots), UNIT),
-        step_tokens=CHUNK + slots,
+        step_tokens=CHUNK + slots * (1 + guesses),
         queue=QueueLimits(),
+        guesses=guesses,
     )
     pages = 1 + cache_tokens // page_tokens  # page 0 is scratch
-    return scheduling, Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS)
+    return scheduling, Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS, guesses, rejects)
 
 
 def memory_plan(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> str:

@@ -11,7 +11,14 @@ from dsv4_jax.serving.engine.parking import Parking
 from dsv4_jax.serving.engine.prefill import cut_points, tail_start
 from dsv4_jax.serving.engine.prefix import PrefixCache
 from dsv4_jax.serving.engine.request import Request
-from dsv4_jax.serving.engine.step import Draft, PageCopy, SlotStart, Snapshot, TableUpdate
+from dsv4_jax.serving.engine.step import (
+    DecodeRow,
+    Draft,
+    PageCopy,
+    SlotStart,
+    Snapshot,
+    TableUpdate,
+)
 from dsv4_jax.serving.engine.units import UNIT
 
 
@@ -21,8 +28,9 @@ class Row:
 
     request: Request
     slot: int
-    end: int  # tokens computed behind it
+    end: int  # tokens computed behind it; of rows that decode at most
     samples: bool
+    width: int = 0  # tokens that a row which decodes may compute; 0 is a prompt's
 
 
 @dataclass
@@ -83,7 +91,10 @@ class Slots:
         request.slot = self._free.pop()
         self.live[request.slot] = request
         request.target = len(request.tokens)
-        request.planned = request.committed = request.parked or hit.tokens
+        # of a request that decodes, only the results told where its state stood
+        parked = len(request.tokens) - 1 if request.num_generated else request.parked
+        request.planned = request.committed = parked if request.parked else hit.tokens
+        request.least, request.ahead, request.snapped = request.planned, 0, 0
         request.pin, request.skipped = hit.node, 0
         request.cuts = self._cuts(request, hit)
         request.tail = tail_start(len(request.prompt), self._config.tail_shape)
@@ -104,7 +115,7 @@ class Slots:
 
     def grow(self, request: Request, draft: Draft) -> bool:
         """Makes sure the next position has a page; False if there is none even after eviction."""
-        if request.planned < len(request.pages) * self._pages.page_tokens:
+        if request.planned < self.room(request):
             return True
         if not self._cache.evict(1):
             return False
@@ -114,12 +125,40 @@ class Slots:
         request.pages.append(page)
         return True
 
+    def room(self, request: Request) -> int:
+        """Positions that have a page."""
+        return len(request.pages) * self._pages.page_tokens
+
     def hand_out(self, request: Request, count: int, samples: bool, record: InFlight) -> None:
-        """Notes that the step computes the next `count` tokens."""
+        """Notes that the step computes the next `count` tokens of a prompt."""
         assert request.slot is not None
         request.planned += count
+        request.least = request.planned
         request.in_flight += 1
         record.rows.append(Row(request, request.slot, request.planned, samples))
+
+    def hand_out_decode(
+        self, request: Request, stop: int, width: int, record: InFlight
+    ) -> DecodeRow:
+        """Notes that the step computes one to `width` tokens, all in front of `stop`."""
+        assert request.slot is not None
+        request.planned = max(request.planned, stop)
+        request.least = min(request.least + 1, stop)
+        request.ahead += width
+        request.in_flight += 1
+        record.rows.append(Row(request, request.slot, stop, True, width))
+        return DecodeRow(request.slot, stop, width, request)
+
+    def advanced(self, row: Row) -> None:
+        """Notes how far a row that decoded came, which its request's log says."""
+        request = row.request
+        request.committed = len(request.tokens) - 1
+        request.ahead -= row.width
+        last = request.limit - 1
+        most = min(request.committed + request.ahead, request.planned)
+        request.planned = max(most, request.committed)
+        request.least = max(min(request.committed + request.in_flight, last), request.committed)
+        self._publish(request, request.committed)
 
     def snapshot(self, request: Request, draft: Draft, record: InFlight) -> None:
         """Keeps the state behind the step, if there is room for it."""
@@ -130,15 +169,18 @@ class Slots:
             record.snapshots.append((request, request.planned, handle))
 
     def commit(self, row: Row) -> None:
-        """Notes that the rows of a step are right, and caches the units they complete.
+        """Notes that the rows of a prompt's chunk are right, and caches the units they complete."""
+        row.request.committed = row.end
+        self._publish(row.request, row.end)
+
+    def _publish(self, request: Request, end: int) -> None:
+        """Caches the units in front of `end`.
 
         Output is only cached where its continuation is expected: rows that were computed one by
         one are not those of a prompt to the last bit.
         """
-        request = row.request
-        request.committed = row.end
         known = request.pin.depth if request.pin is not None else 0
-        end = row.end if request.keep_output else min(row.end, len(request.prompt))
+        end = end if request.keep_output else min(end, len(request.prompt))
         if self._caches and end // UNIT > known:
             assert request.chain is not None
             request.chain.extend(request.tokens)
@@ -178,7 +220,7 @@ class Slots:
         self._free.append(request.slot)
         request.slot = request.pin = request.output_checkpoint = None
         request.pages, request.cuts = [], []
-        request.target = request.planned = request.committed = 0
+        request.target = request.planned = request.committed = request.least = 0
 
     def check(self) -> None:
         """Asserts that slots, pages and pins are held by exactly the live requests."""
@@ -188,7 +230,8 @@ class Slots:
         for slot, request in self.live.items():
             assert request.slot == slot, "a request is not in its slot"
             room = len(request.pages) * self._pages.page_tokens
-            assert request.committed <= request.planned <= room, "positions are off"
+            order = request.committed, request.least, request.planned, room
+            assert list(order) == sorted(order), f"positions are off: {order}"
             for page in request.pages:
                 held[page] = held.get(page, 0) + 1
             if request.pin is not None:

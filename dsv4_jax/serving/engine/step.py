@@ -62,10 +62,15 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """Computes the slot's last token at `position` and samples the one behind it."""
+    """Computes the slot's last token, samples the one behind it, and goes on while guesses stand.
+
+    The device knows where the slot stands. Nothing is computed from position `stop` on, so of
+    `width` tokens that it may be there can be less, or none.
+    """
 
     slot: int
-    position: int
+    stop: int
+    width: int
     request: Request
 
 
@@ -84,7 +89,8 @@ class StepPlan:
 
     Copies read all their sources before they write. `chunk`, `prefill_batch` and `decode_batch` are
     the compiled sizes that hold the rows, 0 without rows; padding goes to the scratch slot and
-    page. A slot has at most one row. A plan without rows still has starts.
+    page. A slot has at most one row. A plan without rows still has starts or snapshots. `width`:
+    tokens that the program of the decoding rows computes of each.
     """
 
     step: int
@@ -96,21 +102,23 @@ class StepPlan:
     prefill_batch: int
     decode: tuple[DecodeRow, ...]
     decode_batch: int
+    width: int
     snapshots: tuple[Snapshot, ...]
 
     @property
     def context(self) -> int:
         """Tokens of the longest sequence behind this step, to choose the attention's length."""
         ends = [row.start + len(row.tokens) for row in self.prefill]
-        return max(ends + [row.position + 1 for row in self.decode], default=0)
+        return max(ends + [row.stop for row in self.decode], default=0)
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.prefill) + len(self.decode)
+        decoded = sum(row.width for row in self.decode)
+        return sum(len(row.tokens) for row in self.prefill) + decoded
 
     @property
     def sampling_slots(self) -> tuple[int, ...]:
-        """Slots of which the step's result holds a token."""
+        """Slots of which the step's result holds tokens."""
         slots = [row.slot for row in self.prefill if row.samples]
         return tuple(slots + [row.slot for row in self.decode])
 
@@ -126,6 +134,7 @@ class Draft:
     chunk: int = 0
     prefill_batch: int = 0
     decode: list[DecodeRow] = field(default_factory=list)
+    width: int = 1
     snapshots: list[Snapshot] = field(default_factory=list)
 
     def finish(self, step: int, decode_batches: Sequence[int]) -> StepPlan:
@@ -139,6 +148,7 @@ class Draft:
             prefill_batch=self.prefill_batch,
             decode=tuple(self.decode),
             decode_batch=bucket(len(self.decode), decode_batches),
+            width=self.width,
             snapshots=tuple(self.snapshots),
         )
 

@@ -94,7 +94,7 @@ def size_of(tokens: Sequence[Token]) -> int:
 
 
 def token_of(
-    token: int, logprobs: Logprobs | None, index: int | tuple[int, int], best: int | None
+    token: int, logprobs: Logprobs | None, index: tuple[int, int], best: int | None
 ) -> Token:
     """A token with what was computed about it, if that was asked for."""
     if best is None or logprobs is None:

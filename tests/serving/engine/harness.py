@@ -58,7 +58,7 @@ class Engine:
         self.finished: list[Request] = []
         self.plans: list[StepPlan] = []
         self.delivered: dict[Request, int] = {}
-        self._results: deque[tuple[int, dict[int, int], set[int]]] = deque()
+        self._results: deque[tuple[int, dict[int, list[int]], set[int]]] = deque()
 
     def submit(self, *requests: Request) -> None:
         for request in requests:

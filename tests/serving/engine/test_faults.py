@@ -44,8 +44,8 @@ def test_numbers_that_are_not_finite_end_their_request_only(engine, rig):
         for part in launched:
             for i, row in enumerate(part.rows):
                 if row.request.prompt[0] == 6 and row.request.num_generated > 3:
-                    tokens = part.sampled.tokens_B.at[i].set(FAILED)
-                    part.sampled = part.sampled._replace(tokens_B=tokens)
+                    tokens = part.sampled.tokens_BT.at[i].set(FAILED)
+                    part.sampled = part.sampled._replace(tokens_BT=tokens)
         return launched
 
     jnp.zeros(3, jnp.int32).at[0].set(FAILED)  # compiled here, and again in the engine's thread

@@ -71,9 +71,14 @@ def test_a_follower_makes_the_same_calls_with_the_same_arrays():
     state = leader.init()
     for step in range(3):
         leader.decode(leader.params, state, batch(step, table))
-    prompt = Prompt(np.ones((1, 4), np.int32), np.zeros((1, 4), np.int32), np.zeros(1, bool))
+    prompt = Prompt(
+        np.ones((1, 4), np.int32),
+        np.zeros((1, 4), np.int32),
+        np.zeros(1, bool),
+        np.zeros(1, np.int32),
+    )
     leader.prefill(leader.params, state, batch(9, table), prompt)
-    leader.start_slot(state, np.int32(1), np.int32(5))
+    leader.start_slot(state, np.int32(1), np.int32(5), np.int32(9))
     owner = Line()
     pages = leader.read_pages(state, np.array([1], np.int32))
     assert isinstance(pages, Kept)
@@ -106,10 +111,10 @@ def test_what_nobody_needs_is_dropped_by_the_next_message():
     leader = Mirror(Recorder(), line)  # pyright: ignore[reportArgumentType]
     owner = Line()
     leader.tie(owner, leader.read_slot(STATE, np.int32(0)))
-    leader.start_slot(STATE, np.int32(1), np.int32(5))
+    leader.start_slot(STATE, np.int32(1), np.int32(5), np.int32(9))
     del owner
-    leader.start_slot(STATE, np.int32(1), np.int32(6))
-    leader.start_slot(STATE, np.int32(1), np.int32(7))
+    leader.start_slot(STATE, np.int32(1), np.int32(6), np.int32(9))
+    leader.start_slot(STATE, np.int32(1), np.int32(7), np.int32(9))
     assert [mirror.decode(message).drop for message in replayed(line)] == [[], [], [1], []]
 
 
@@ -118,7 +123,7 @@ def test_a_missing_or_damaged_message_is_noticed():
     line.send(encode(Message(1, "init", [], [])))
     with pytest.raises(ProcessLost, match="call 0 was expected, call 1 came"):
         follow(Recorder(), line)  # pyright: ignore[reportArgumentType]
-    good = encode(Message(0, "start_slot", [np.int32(1), np.int32(2)], []))
+    good = encode(Message(0, "start_slot", [np.int32(1), np.int32(2), np.int32(9)], []))
     for at in range(len(good)):
         bad = bytearray(good)
         bad[at] ^= 4

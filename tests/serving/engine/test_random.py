@@ -16,6 +16,9 @@ SHAPES = {
     "a second tier": {"num_pages": 17, "page_tokens": 256, "checkpoints": 4, "host": True},
     "little room": {"num_pages": 8, "page_tokens": 256, "checkpoints": 8},
     "shared chunks": {"num_pages": 25, "tail_shape": (3, 100)},
+    "guesses": {"num_pages": 25, "guesses": 3},
+    "guesses and little room": {"num_pages": 8, "page_tokens": 256, "guesses": 1},
+    "guesses and hardly any room": {"num_pages": 10, "checkpoints": 8, "guesses": 6},
     "hardly any room": {"num_pages": 10, "page_tokens": 128, "checkpoints": 8},
 }
 
@@ -41,6 +44,7 @@ def make_request(rng: random.Random, engine: Engine, number: int) -> Request:
         checkpoints=points,
         keep_output=rng.random() < 0.5,
         guided=rng.random() < 0.2,
+        early=rng.choice((0, 0, 3)),
         reuse_prefix=rng.random() < 0.9,
         leader=leader if rng.random() < 0.2 else None,
     )
@@ -77,7 +81,10 @@ def make_engine(shape: str) -> Engine:
     limits = QueueLimits(requests=12, tokens=4000, tenant_requests=6, timeout_s=20)
     sizes = dict(SHAPES[shape])
     tail_shape = sizes.pop("tail_shape", None)
-    config = small_config(max_len=900, reserve_tokens=16, queue=limits, tail_shape=tail_shape)
+    guesses = sizes.pop("guesses", 0)
+    config = small_config(
+        max_len=900, reserve_tokens=16, queue=limits, tail_shape=tail_shape, guesses=guesses
+    )
     return Engine(config, **sizes)
 
 

@@ -38,7 +38,7 @@ def test_one_request_from_start_to_end():
     assert second.sampling_slots == (0,) and request.status is Status.RUNNING
     assert engine.land() == []
     third = engine.launch()
-    assert third is not None and [row.position for row in third.decode] == [300]
+    assert third is not None and [row.stop for row in third.decode] == [301]
     assert [delivery.index for delivery in engine.land()] == [0]
     engine.run()
     assert request.finish_reason is FinishReason.LENGTH and request.num_generated == 4
