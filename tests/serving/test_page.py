@@ -113,6 +113,15 @@ def test_an_answer_streams_in_with_its_reasoning(opened):
     assert "of 4,096" in shown.page.locator("#context").inner_text()
 
 
+def test_reasoning_under_its_other_name_is_shown(browser):
+    model = FakeModel(answer("Four.", reasoning="Two and two."))
+    service = make_service(model, reasoning_fields=("reasoning",))
+    with serving(service) as url, tab(browser, url) as shown:
+        shown.send("2 + 2?")
+        shown.wait_done()
+        assert "Two and two." in shown.answer().locator(".thoughts").text_content()
+
+
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop(opened, how):
     gate = threading.Semaphore(30)
