@@ -181,17 +181,22 @@ def bench_engine(args: argparse.Namespace) -> None:
 
 
 def bench_speculate(args: argparse.Namespace) -> None:
-    from dsv4_jax.bench import speculate
-    from dsv4_jax.numerics import Numerics
     from dsv4_jax.serving.accelerator import use_cpu_if_alone
 
     use_cpu_if_alone()
+
+    from checkpoints.load import load_checkpoint
+    from dsv4_jax.bench import speculate
+    from dsv4_jax.numerics import Numerics
+
+    loaded = load_checkpoint(args.checkpoint)
     if not args.json:
         print(speculate.HEADER, flush=True)
     for batch in args.batches:
         for guesses in args.guesses:
             figures = speculate.measure(
                 args.checkpoint,
+                loaded,
                 Numerics(),
                 guesses,
                 batch,
