@@ -205,17 +205,22 @@ def bench_engine(args: argparse.Namespace) -> None:
 
 
 def bench_speculate(args: argparse.Namespace) -> None:
-    from dsv4_jax.bench import speculate
-    from dsv4_jax.numerics import Numerics
     from dsv4_jax.serving.accelerator import use_cpu_if_alone
 
     use_cpu_if_alone()
+
+    from checkpoints.load import load_checkpoint
+    from dsv4_jax.numerics import Numerics
+    from dsv4_jax.serving.engine import speedup
+
+    loaded = load_checkpoint(args.checkpoint)
     if not args.json:
-        print(speculate.HEADER, flush=True)
+        print(speedup.HEADER, flush=True)
     for batch in args.batches:
         for guesses in args.guesses:
-            figures = speculate.measure(
+            figures = speedup.measure(
                 args.checkpoint,
+                loaded,
                 Numerics(),
                 guesses,
                 batch,
@@ -225,7 +230,7 @@ def bench_speculate(args: argparse.Namespace) -> None:
                 args.temperature,
                 args.repeats,
             )
-            print(json.dumps(figures) if args.json else speculate.line(figures), flush=True)
+            print(json.dumps(figures) if args.json else speedup.line(figures), flush=True)
 
 
 def bench_kernels(args: argparse.Namespace) -> None:

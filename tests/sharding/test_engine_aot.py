@@ -12,7 +12,7 @@ from dsv4_jax import presets
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.preflight.programs import weights_of
 from dsv4_jax.sampling import knobs_of, mask_words
-from dsv4_jax.serving.engine import device
+from dsv4_jax.serving.engine import device, steps
 from dsv4_jax.serving.engine.sizing import page_for, plan_sizes
 from pallas_kernels import aot, hlo
 from sharding.mesh import MeshShape, make_mesh, topology_devices
@@ -51,7 +51,7 @@ def step(topology: str, mesh: str, page_tokens: int) -> tuple[int, dict[str, flo
         np.zeros((SLOTS, mask_words(CFG.vocab_size)), np.uint32),
     )
     fn = jax.jit(
-        partial(device.decode, CFG, NUM, shards), donate_argnums=1, out_shardings=everywhere
+        partial(steps.decode, CFG, NUM, shards), donate_argnums=1, out_shardings=everywhere
     )
     with jax.set_mesh(shards.mesh):  # pyright: ignore[reportArgumentType]
         args = weights_of(CFG, shards), placed(dataclasses.replace(state, checkpoints=[]))

@@ -10,8 +10,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from checkpoints.load import load_checkpoint
 from dsv4_jax import encoding
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine
@@ -96,6 +96,7 @@ class Runs:
 
 def measure(
     folder: str,
+    loaded: tuple[ModelConfig, Any],
     num: Numerics,
     guesses: int,
     batch: int,
@@ -107,13 +108,14 @@ def measure(
 ) -> dict[str, Any]:
     """Runs the same chats with `guesses` and without, in turns; figures are medians.
 
+    loaded: configuration and parameters of the checkpoint in `folder`.
+
     Raises:
         ValueError: the checkpoint has no MTP block, or a number is not positive.
     """
     if min(guesses, batch, requests, repeats) < 1 or tokens < 2:
         raise ValueError("guesses, batch, requests and repeats must be at least 1, tokens 2")
     prompts = list(islice(cycle(prompts_of(folder, chats)), requests))
-    loaded = load_checkpoint(folder)
     plain, ahead = (Runs(folder, loaded, num, count, batch) for count in (0, guesses))
     try:
         turns = [
