@@ -83,7 +83,7 @@ OPTIONS = (
         "tokens that the MTP block guesses ahead for a step to verify; 0: none",
         read=integer(0, 7),
         metavar="K",
-        unset="1 if the checkpoint has such a block",
+        unset="1 if the checkpoint has such a block, 0 on a CPU",
     ),
     Option(
         "speculate-mode",

@@ -110,13 +110,13 @@ def queue_limits(args: SimpleNamespace) -> QueueLimits:
 
 
 def guesses_for(args: SimpleNamespace, cfg: ModelConfig) -> int:
-    """Tokens to guess ahead; none for the demo, whose random weights guess nothing.
+    """Tokens to guess ahead; by default none on a CPU, where a step costs what it computes.
 
     Raises:
         ValueError: the model cannot guess.
     """
     if args.speculate is None:
-        return int(bool(args.checkpoint) and cfg.num_mtp_layers > 0)
+        return int(cfg.num_mtp_layers > 0 and jax.default_backend() != "cpu")
     if args.speculate and not cfg.num_mtp_layers:
         raise ValueError(f"--speculate {args.speculate}: this checkpoint has no MTP block")
     return args.speculate
