@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from dsv4_jax.serving.service import Service, Settings
 
 DEMO = Path(__file__).parents[1] / "dsv4_jax" / "data" / "demo"
-DEMO_NOTICE = "This is a demo: a tiny model with random weights. The text it writes is noise."
+DEMO_NOTICE = (
+    "This is a demo: a tiny model that adds, copies, finds facts in a text and calls tools. "
+    "It knows nothing else."
+)
+DEMO_EXAMPLES = (
+    "What is 37+58?",
+    "What is 64 - 28?",
+    "The code of Anna is 4721.\nNobody saw the drum near the door.\nThe colour of the red mule is amber."
+    "\nIn the morning the barn looked smaller.\n\nWhat is the code of Anna?",
+)
+DEMO_MAX_LEN = 10240  # it has learnt to find things in 8K tokens
 say = partial(print, flush=True)
 EPILOG = """Every setting is also a key of the --config file (max-len) and an environment variable
 (DSV4_MAX_LEN). A flag wins over a variable, a variable over the file.
@@ -79,6 +89,7 @@ def settings_of(args: SimpleNamespace, names: tuple[str, ...]) -> Settings:
         metrics_prefix=f"{args.metrics_prefix}:",
         health_timeout_s=args.health_timeout,
         logs_prompts=args.log_prompts,
+        examples=() if args.checkpoint else DEMO_EXAMPLES,
         parallel=args.slots + most_waiting(args),
         max_waiting=0,  # they wait in the engine, where tenants take turns
     )
@@ -126,6 +137,7 @@ def run_demo(args: SimpleNamespace) -> None:
     say(f"{DEMO_NOTICE}\nUse --checkpoint DIR to serve a real one.\n")
     with tempfile.TemporaryDirectory(prefix="dsv4-demo-") as folder:
         convert(DEMO, folder, progress=Progress("convert", quiet=True))
+        args.max_len = args.max_len or DEMO_MAX_LEN
         run(args, folder)
 
 

@@ -128,6 +128,7 @@ def _ready(service: Service) -> Response:
         "phase": service.phase,
         "percent": service.percent,
         "notice": service.settings.notice,
+        "examples": service.settings.examples,
     }
     headers = {} if is_ready else {"retry-after": "1"}
     return JSONResponse(state, 200 if is_ready else 503, headers)

@@ -33,7 +33,8 @@ FINISHING = 8  # requests that wait for their grammars at the same time; more wa
 class Settings:
     """Choices of whoever runs the server.
 
-    `names` are the model's, the first one preferred; `notice` is what users should know of it.
+    `names` are the model's, the first one preferred; `notice` is what users should know of it,
+    and `examples` are questions that the chat page offers.
     `parallel` answers are followed at a time, those included that wait inside the model;
     `max_waiting` more requests may wait before it. Of answers that
     called tools, `replay_tokens` tokens are remembered to restore them in later prompts; 0: none.
@@ -49,6 +50,7 @@ class Settings:
     answers_any_name: bool = False
     refuses_unknown_fields: bool = False
     reasoning_fields: tuple[str, ...] = REASONING_FIELDS
+    examples: tuple[str, ...] = ()
     metrics_prefix: str = "dsv4:"
     health_timeout_s: float = 60.0
     logs_prompts: bool = False

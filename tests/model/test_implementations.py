@@ -23,6 +23,7 @@ def prompts(model, *names):
     return [prompt for prompt in model.prompts if prompt.name in names]
 
 
+@pytest.mark.slow
 def test_plain_prefill(model, within):
     """All layer kinds in float32: attention kernels, with a real choice of the indexer."""
     (prompt,) = prompts(model, "p130")

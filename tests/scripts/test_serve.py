@@ -129,7 +129,7 @@ def test_the_demo_answers_and_stops_cleanly():
             if found := re.match(r"API +(\S+)", line):
                 check_answers(found[1])
                 server.send_signal(signal.SIGTERM)
-        assert "noise" in lines[0]
+        assert "demo" in lines[0]
         assert "stopped" in lines[-1], server.stderr.read()
     assert server.returncode == 0
 

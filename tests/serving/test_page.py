@@ -390,6 +390,18 @@ def test_loading_is_shown_until_the_model_is_there(browser):
         shown.wait_done()
 
 
+def test_examples_are_offered_until_something_is_asked(browser):
+    service = make_service(FakeModel(answer("four")), examples=("What is 2+2?", "<b>Why?</b>"))
+    with tab_on(browser, service) as shown:
+        shown.page.get_by_role("button", name="<b>Why?</b>").wait_for()
+        shown.page.get_by_role("button", name="What is 2+2?").click()
+        shown.wait_done()
+        assert "four" in shown.answer().inner_text()
+        assert shown.page.get_by_text("What is 2+2?").count() == 1 + 1  # hidden, and asked
+        assert not shown.page.get_by_role("button", name="What is 2+2?").is_visible()
+        assert shown.complaints == []
+
+
 def test_a_key_is_asked_for_and_not_kept_on_disk(browser):
     with tab_on(browser, make_service(FakeModel(answer("hi")), api_keys=("sesame",))) as shown:
         shown.page.get_by_text("needs an API key").wait_for()

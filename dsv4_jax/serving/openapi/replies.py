@@ -160,7 +160,9 @@ SCHEMAS: dict[str, Schema] = {
         }
     ),
     "Health": reply({"status": TEXT}, {"reason": TEXT}),
-    "Ready": reply({"phase": TEXT, "percent": COUNT, "notice": maybe(TEXT)}),
+    "Ready": reply(
+        {"phase": TEXT, "percent": COUNT, "notice": maybe(TEXT), "examples": list_of(TEXT)}
+    ),
     "Version": reply({"version": TEXT}),
     "Error": _ERROR,
     "MessageError": _MESSAGE_ERROR,

@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     index_dim=64,
     index_topk=64,
     yarn=Yarn(original_len=8192),
-    max_len=16384,
+    max_len=32768,
 )
 ROOT = "runs/demo/data"
 
