@@ -35,8 +35,9 @@ DEMO_NOTICE = (
 DEMO_EXAMPLES = (
     "What is 37+58?",
     "What is 64 - 28?",
-    "The code of Anna is 4721.\nNobody saw the drum near the door.\nThe colour of the red mule is amber."
-    "\nIn the morning the barn looked smaller.\n\nWhat is the code of Anna?",
+    "The code of Anna is 4721.\nNobody saw the drum near the door.\n"
+    "The colour of the red mule is amber.\nIn the morning the barn looked smaller.\n\n"
+    "What is the code of Anna?",
 )
 DEMO_MAX_LEN = 10240  # it has learnt to find things in 8K tokens
 say = partial(print, flush=True)

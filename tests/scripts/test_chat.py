@@ -194,9 +194,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(served):
     url, model = served(chat_answer("long " * 50), gate=gate)
     parent, child = pty.openpty()
     command = [sys.executable, "scripts/chat.py", "--url", url, "--think", "off"]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # else jobs in the background ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     with subprocess.Popen(
         command, cwd=ROOT, stdin=child, stdout=child, stderr=child, start_new_session=True
     ) as program:
