@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any, NamedTuple
@@ -37,18 +37,11 @@ def measure(
     Raises:
         ValueError: a number is not positive, or the server refuses.
     """
-    if tokens < 1 or repeats < 1:
-        raise ValueError(f"tokens={tokens} and repeats={repeats} must be positive")
+    _check(tokens, repeats)
     chars = _chars(url, tokens, api_key)
     chats = [_chat(Load(url, prompt_chars=chars, api_key=api_key), i) for i in range(repeats + 1)]
     chats = chats[1:]  # the first one warms up
-    return {
-        "prompt_tokens": statistics.median(first.prompt_tokens for first, _ in chats),
-        "first_turn_s": statistics.median(first.first_s for first, _ in chats),
-        "second_turn_s": statistics.median(second.first_s for _, second in chats),
-        "ratio": statistics.median(second.first_s / first.first_s for first, second in chats),
-        "cached_share": statistics.median(s.cached_tokens / s.prompt_tokens for _, s in chats),
-    }
+    return _medians(chats, "first_turn_s", "second_turn_s")
 
 
 def measure_restart(
@@ -65,8 +58,7 @@ def measure_restart(
     Raises:
         ValueError: a number is not positive, the server refuses, or answers differ.
     """
-    if tokens < 1 or repeats < 1:
-        raise ValueError(f"tokens={tokens} and repeats={repeats} must be positive")
+    _check(tokens, repeats)
     asked: list[list[Turn]] = []
     for _ in range(2):
         with start() as url:
@@ -76,13 +68,7 @@ def measure_restart(
     both = list(zip(*asked, strict=True))
     if any(before.text != after.text for before, after in both):
         raise ValueError("the answer after a restart is another one")
-    return {
-        "prompt_tokens": statistics.median(before.prompt_tokens for before, _ in both),
-        "cold_s": statistics.median(before.first_s for before, _ in both),
-        "restarted_s": statistics.median(after.first_s for _, after in both),
-        "ratio": statistics.median(after.first_s / before.first_s for before, after in both),
-        "cached_share": statistics.median(a.cached_tokens / a.prompt_tokens for _, a in both),
-    }
+    return _medians(both, "cold_s", "restarted_s")
 
 
 def restart_line(figures: dict[str, Any]) -> str:
@@ -102,6 +88,22 @@ def line(figures: dict[str, Any]) -> str:
         f"{figures['second_turn_s']:.3f} s ({figures['ratio']:.1%}); "
         f"{figures['cached_share']:.1%} of its prompt was cached"
     )
+
+
+def _check(tokens: int, repeats: int) -> None:
+    if tokens < 1 or repeats < 1:
+        raise ValueError(f"tokens={tokens} and repeats={repeats} must be positive")
+
+
+def _medians(pairs: Sequence[Sequence[Turn]], one: str, other: str) -> dict[str, Any]:
+    """Of turns and what they are compared with; `one` and `other` name the first-token seconds."""
+    return {
+        "prompt_tokens": statistics.median(before.prompt_tokens for before, _ in pairs),
+        one: statistics.median(before.first_s for before, _ in pairs),
+        other: statistics.median(after.first_s for _, after in pairs),
+        "ratio": statistics.median(after.first_s / before.first_s for before, after in pairs),
+        "cached_share": statistics.median(a.cached_tokens / a.prompt_tokens for _, a in pairs),
+    }
 
 
 def _chars(url: str, tokens: int, api_key: str | None) -> int:

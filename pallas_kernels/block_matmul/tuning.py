@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jax.experimental.pallas import tpu as pltpu
+from pallas_kernels import chip
 
 
 class Tuning(NamedTuple):
@@ -26,9 +26,5 @@ DEFAULT = Tuning()
 
 
 def of_this_chip() -> Tuning:
-    """Tuning of the chip that a program is traced for: `jax.set_mesh`, else the default device."""
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError:  # no TPU
-        return DEFAULT
-    return TABLE.get(str(info.chip_version), DEFAULT)
+    """Tuning of the chip that a program is traced for."""
+    return chip.of_this_chip(TABLE, DEFAULT)

@@ -88,33 +88,12 @@ def decode(
     params: model.Params,
     state: State,
     batch: Batch,
+    num_guesses: int = 0,
 ) -> tuple[State, Sampled]:
-    """Computes each slot's newest token and draws the one behind it."""
-    return _decode(cfg, num, shards, params, state, batch, 0)
+    """Computes each slot's newest token and the guesses behind it, draws, and guesses again.
 
-
-def verify(
-    cfg: ModelConfig,
-    num: Numerics,
-    shards: Shards,
-    params: model.Params,
-    state: State,
-    batch: Batch,
-) -> tuple[State, Sampled]:
-    """Computes each slot's newest token and the guesses behind it, draws, and guesses again."""
-    num_guesses = state.guesses.tokens_BK.shape[1]
-    return _decode(cfg, num, shards, params, state, batch, num_guesses)
-
-
-def _decode(
-    cfg: ModelConfig,
-    num: Numerics,
-    shards: Shards,
-    params: model.Params,
-    state: State,
-    batch: Batch,
-    num_guesses: int,
-) -> tuple[State, Sampled]:
+    num_guesses: how many of the state's guesses are computed, and made: all of them or none.
+    """
     slots_B = batch.slots_B
     pos_B = state.pos_S[slots_B]
     guesses = jax.tree.map(lambda a: a[slots_B, :num_guesses], state.guesses)
