@@ -73,7 +73,10 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     if max_len > cfg.max_len:
         raise ValueError(f"--max-len {max_len} must not exceed the model's {cfg.max_len}")
     if args.disk_cache is not None:
-        check_folder(args.disk_cache)  # now, not after the weights are loaded
+        try:
+            check_folder(args.disk_cache)  # now, not after the weights are loaded
+        except ValueError as error:
+            raise ValueError(f"--disk-cache: {error}") from None
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
     guesses, rejects = guesses_for(args, cfg), args.speculate_mode == "rejection"

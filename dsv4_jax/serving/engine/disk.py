@@ -197,6 +197,8 @@ class DiskTier:
 
     def fetch(self, request: Request) -> None:
         """Has what is on disk for a queued request read; it waits. The lock is held."""
+        if len(request.prompt) <= UNIT:
+            return  # it computes its last token in any case
         request.held_until = self._clock() + PATIENCE_S
         self._reader.submit(self._fetch, request)
 
