@@ -71,6 +71,13 @@ def test_a_wrong_checkpoint_is_one_line(checkpoint, problem, capsys):
     assert problem in line
 
 
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--disk-cache", str(tmp_path / "file"), "--port", "0", "--dry-run"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("serve.py: --disk-cache: cannot use") and line.count("\n") == 1
+
+
 def test_a_port_in_use_is_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
