@@ -93,13 +93,13 @@ def test_a_dry_run_shows_the_plan_and_opens_no_port(capsys):
         shown = capsys.readouterr().out
         assert main([*command, "expert=4"]) == 0
     assert "mesh expert=4" in capsys.readouterr().out
-    assert "context  512 of 8,192 tokens" in shown and "memory   weights 2.0 MB" in shown
+    assert "context  512 of 32,768 tokens" in shown and "memory   weights 4.8 MB" in shown
     assert "loading" not in shown
 
 
 def test_a_context_beyond_the_model_s_is_refused(capsys):
-    assert main(["--dry-run", "--max-len", "9000"]) == 1
-    assert "--max-len 9000 must not exceed the model's 8192" in capsys.readouterr().err
+    assert main(["--dry-run", "--max-len", "40000"]) == 1
+    assert "--max-len 40000 must not exceed the model's 32768" in capsys.readouterr().err
 
 
 def test_stopping_is_clean_although_nobody_reads_any_more():
