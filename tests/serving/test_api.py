@@ -30,7 +30,8 @@ def test_ready_and_loading():
     with TestClient(create_app(service)) as client:
         reply = client.get("/ready")
         assert reply.status_code == 503
-        assert reply.json() == {"phase": "loading", "percent": 0, "notice": "noise"}
+        state = {"phase": "loading", "percent": 0, "notice": "noise", "examples": []}
+        assert reply.json() == state
         assert client.get("/health").status_code == 200
         for reply in (client.post("/v1/chat/completions", json=ASK), client.get("/v1/models")):
             assert reply.status_code == 503
