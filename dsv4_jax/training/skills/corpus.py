@@ -12,6 +12,7 @@ from dsv4_jax.training.skills.filler import Filler
 SKILLS: dict[str, Callable[[Maker, bool], Example]] = {
     "arithmetic": arithmetic.make,
     "retrieval": retrieval.make,
+    "alike": retrieval.make_alike,
     "needles": retrieval.make_many,
     "hops": retrieval.make_hops,
     "copy": sequences.make_copy,

@@ -20,6 +20,9 @@ ASK = (
     "Tell me the {f} of {k}.",
 )
 FACT_TOKENS = 12  # about
+MOST_TURNS = 8
+
+Fact = tuple[str, str, str]  # field, key, value
 
 
 def make(maker: Maker, thinking: bool) -> Example:
@@ -28,8 +31,24 @@ def make(maker: Maker, thinking: bool) -> Example:
     room = _room(maker)
     most = max(min(room // FACT_TOKENS, 24), 2)
     count = rng.randint(2, most) if rng.random() < 0.7 else 1
-    facts = _facts(maker, count)
-    asked = rng.sample(facts, min(count, 1 if thinking else rng.randint(1, 8)))
+    return _questions(maker, "retrieval", _facts(maker, count), room, thinking)
+
+
+def make_alike(maker: Maker, thinking: bool) -> Example:
+    """Facts whose keys share words, little between them, and questions about most of them."""
+    rng = maker.rng
+    room = _room(maker)
+    count = rng.randint(3, max(min(room // FACT_TOKENS, 32), 3))
+    colours, things = rng.sample(words.COLOURS, 3), rng.sample(THINGS, 2 + count // 3)
+    keys = [f"the {colour} {thing}" for colour in colours for thing in things]
+    keys = rng.sample(keys, 2 * len(keys) // 3) + rng.sample(words.NAMES, len(keys) // 3)
+    return _questions(maker, "facts alike", _facts(maker, count, keys=keys), room, thinking)
+
+
+def _questions(maker: Maker, skill: str, facts: list[Fact], room: int, thinking: bool) -> Example:
+    """A document that tells facts, and questions about them, one a turn; one when thinking."""
+    rng = maker.rng
+    asked = rng.sample(facts, min(len(facts), 1 if thinking else rng.randint(1, MOST_TURNS)))
     text = _document(maker, [_tell(f) for f in facts], room)
     messages = []
     for number, (field, key, value) in enumerate(asked):
@@ -37,7 +56,7 @@ def make(maker: Maker, thinking: bool) -> Example:
         asked_text = _ask_about(maker, text, ask) if number == 0 else ask
         reasoning = _tell((field, key, value)) if thinking else ""
         messages += [user(asked_text), assistant(f"It is {value}.", reasoning)]
-    return Example("retrieval", messages, thinking, tuple(_instance(f) for f in facts))
+    return Example(skill, messages, thinking, tuple(_instance(f) for f in facts))
 
 
 def make_many(maker: Maker, thinking: bool) -> Example:
@@ -47,12 +66,15 @@ def make_many(maker: Maker, thinking: bool) -> Example:
     count = rng.randint(3, max(min(room // FACT_TOKENS, 24), 3))
     field = rng.choice(list(FACTS))
     facts = _facts(maker, count, field)
-    asked = rng.sample(facts, min(count, rng.randint(2, 5)))
     text = _document(maker, [_tell(f) for f in facts], room)
-    ask = f"Give the {field} of {', '.join(key for _, key, _ in asked)}."
-    answer = f"They are {', '.join(value for _, _, value in asked)}."
-    reasoning = " ".join(_tell(f) for f in asked) if thinking else ""
-    messages = [user(_ask_about(maker, text, ask)), assistant(answer, reasoning)]
+    messages = []
+    for number in range(1 if thinking else rng.randint(1, 4)):
+        asked = rng.sample(facts, min(count, rng.randint(2, 5)))
+        ask = f"Give the {field} of {', '.join(key for _, key, _ in asked)}."
+        answer = f"They are {', '.join(value for _, _, value in asked)}."
+        reasoning = " ".join(_tell(f) for f in asked) if thinking else ""
+        asked_text = _ask_about(maker, text, ask) if number == 0 else ask
+        messages += [user(asked_text), assistant(answer, reasoning)]
     return Example("several needles", messages, thinking, tuple(_instance(f) for f in facts))
 
 
@@ -89,21 +111,21 @@ def _room(maker: Maker) -> int:
     return int(low * (high / low) ** maker.rng.random())
 
 
-def _facts(maker: Maker, count: int, field: str | None = None) -> list[tuple[str, str, str]]:
-    """Facts about different keys."""
-    found: dict[str, tuple[str, str, str]] = {}
-    while len(found) < count:
-        _, fact = maker.draw(lambda: _fact(maker, field))
+def _facts(
+    maker: Maker, count: int, field: str | None = None, keys: list[str] | None = None
+) -> list[Fact]:
+    """Facts about different keys, at most as many as there are keys."""
+    found: dict[str, Fact] = {}
+    while len(found) < min(count, len(keys or range(count))):
+        _, fact = maker.draw(lambda: _fact(maker, field, keys))
         found.setdefault(fact[1], fact)
     return list(found.values())
 
 
-def _fact(maker: Maker, field: str | None) -> tuple[str, tuple[str, str, str]]:
+def _fact(maker: Maker, field: str | None, keys: list[str] | None) -> tuple[str, Fact]:
     rng = maker.rng
     field = field or rng.choice(list(FACTS))
-    key = rng.choice(words.NAMES) if rng.random() < 0.4 else f"the {rng.choice(words.COLOURS)} "
-    if key.startswith("the "):
-        key += rng.choice(THINGS)
+    key = rng.choice(keys) if keys else _key(maker)
     value = {
         "code": lambda: str(rng.randint(10, 9999)),
         "number": lambda: str(rng.randint(10, 99)),
@@ -115,11 +137,17 @@ def _fact(maker: Maker, field: str | None) -> tuple[str, tuple[str, str, str]]:
     return _instance(fact), fact
 
 
-def _instance(fact: tuple[str, str, str]) -> str:
+def _key(maker: Maker) -> str:
+    if maker.rng.random() < 0.4:
+        return maker.rng.choice(words.NAMES)
+    return f"the {maker.rng.choice(words.COLOURS)} {maker.rng.choice(THINGS)}"
+
+
+def _instance(fact: Fact) -> str:
     return "fact " + "|".join(fact)
 
 
-def _tell(fact: tuple[str, str, str]) -> str:
+def _tell(fact: Fact) -> str:
     field, key, value = fact
     return FACTS[field].format(k=key, v=value)
 
