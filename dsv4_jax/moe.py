@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul.api import routed_experts
 from sharding.shards import SINGLE, Shards
 
 MIN_EXPERT_TILE, MAX_EXPERT_TILE = 8, 64  # rows of one expert that are multiplied together
+FEW_ROWS = 6  # with so many, sorting them costs more than reading an expert twice
 MAX_BRANCHES = 64  # experts for which a product each is compiled, on CPU
 
 
@@ -118,7 +119,7 @@ def routed_sum(
 
     Experts may be those of one device, out of more; numbers from their count on cost nothing.
 
-    A single token asks its experts one by one. Otherwise rows are sorted by expert and each
+    A few tokens ask their experts one by one. Otherwise rows are sorted by expert and each
     expert's rows padded to tiles; a loop over the tiles in use picks the tile's expert, so weights
     are read (and decoded) one expert at a time.
     """
@@ -126,14 +127,16 @@ def routed_sum(
         return _kernel_sum(weights, x_UD, routing, real_U, cfg, num)
     tokens, per_token = routing.experts_UA.shape
     num_experts = weights["w1"].shape[0]  # of this device
-    if tokens == 1 and num_experts == cfg.num_experts:
+    if tokens * per_token <= FEW_ROWS and num_experts == cfg.num_experts:
 
-        def add(a: Array, total: Array) -> Array:
-            which, weight_U = routing.experts_UA[0, a], routing.weights_UA[:, a]
-            part = expert(weights, x_UD, weight_U, cfg, num, which)
-            return total + part.astype(jnp.float32)
+        def add(row: Array, total_UD: Array) -> Array:
+            token, which = row // per_token, routing.experts_UA.reshape(-1)[row]
+            weight = routing.weights_UA.reshape(-1)[row]
+            x = lax.dynamic_slice_in_dim(x_UD, token, 1)
+            part = expert(weights, x, weight[None], cfg, num, which).astype(jnp.float32)
+            return total_UD.at[token].add(part[0])
 
-        return lax.fori_loop(0, per_token, add, jnp.zeros(x_UD.shape, jnp.float32))
+        return lax.fori_loop(0, tokens * per_token, add, jnp.zeros(x_UD.shape, jnp.float32))
     rows = tokens * per_token
     tile = expert_tile(tokens, rows, num_experts)
     capacity = min(rows, -(-rows // tile) + num_experts) * tile
