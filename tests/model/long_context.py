@@ -1,7 +1,8 @@
 """A long prompt on a narrow model, prefilled in chunks and decoded behind, as a process of its own.
 
-Run as `python -m tests.model.long_context TOKENS FILE.npz`. The file gets logits behind each chunk
-and of each decoded token; what it took is printed as JSON.
+Run as `python -m tests.model.long_context TOKENS FILE.npz [pages]`. The file gets logits behind each
+chunk and of each decoded token; what it took is printed as JSON. With `pages` the cache is one as an
+engine has it, the pages in any order.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax import presets
-from dsv4_jax.cache import Cache, init_cache
+from dsv4_jax.cache import Cache, init_cache, init_paged_cache
 from dsv4_jax.config import ModelConfig, Yarn
 from dsv4_jax.generator import PREFILL_SIZES
 from dsv4_jax.model import draft, group_params, prefill
@@ -27,6 +29,7 @@ from tests.model.support import PLAIN, random_units
 CHUNK = PREFILL_SIZES[-1]
 FIRST = 77  # tokens of the first chunk: later ones begin and end inside windows
 STEPS = 16
+PAGE = 128  # tokens
 
 
 def narrow_config(tokens: int) -> ModelConfig:
@@ -66,12 +69,25 @@ def peak_bytes() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
+def paged_cache(cfg: ModelConfig) -> Cache:
+    """For one sequence in slot 1 of two."""
+    pages = -(-cfg.max_len // PAGE)
+    cache = init_paged_cache(cfg, slots=2, pages=pages, page_tokens=PAGE, num=PLAIN)
+    table = np.random.default_rng(1).permutation(pages).astype(np.int32)
+    return replace(
+        cache,
+        pos_B=jnp.zeros(1, jnp.int32),
+        mtp_pos_B=jnp.zeros(1, jnp.int32),
+        slots_B=jnp.int32([1]),
+        table_BP=jnp.asarray(table)[None],
+    )
+
+
 class Feeder:
     """Runs main model and MTP block; both keep their state in one donated cache."""
 
-    def __init__(self, cfg: ModelConfig, params: Any) -> None:
-        self.params = params
-        self.cache = init_cache(cfg, 1, cfg.max_len, PLAIN)
+    def __init__(self, cfg: ModelConfig, params: Any, cache: Cache) -> None:
+        self.params, self.cache = params, cache
         self._step = jax.jit(partial(_step, cfg), donate_argnames="cache")
 
     def feed(self, ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +115,10 @@ def ends(tokens: int) -> list[int]:
     return [FIRST, *range(FIRST + CHUNK, tokens, CHUNK), tokens]
 
 
-def main(tokens: int, target: str) -> None:
+def main(tokens: int, target: str, paged: bool) -> None:
     cfg = narrow_config(tokens)
-    feeder = Feeder(cfg, group_params(cfg, random_units(cfg).__getitem__))
+    cache = paged_cache(cfg) if paged else init_cache(cfg, 1, cfg.max_len, PLAIN)
+    feeder = Feeder(cfg, group_params(cfg, random_units(cfg).__getitem__), cache)
     ids, at, found = token_ids(cfg), 0, []
     begin, cpu = time.perf_counter(), time.process_time()
     for end in ends(tokens):
@@ -126,4 +143,4 @@ def main(tokens: int, target: str) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["pages"])
