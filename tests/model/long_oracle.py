@@ -110,9 +110,7 @@ class LongOracle(Oracle):
             if ratio == CSA:
                 none = np.full((1, ratio, size), -np.inf)
                 v = np.concatenate([np.roll(values[..., :size], 1, axis=0), v], axis=1)
-                s = np.concatenate(
-                    [np.concatenate([none, scores[:-1, :, :size]]), s], axis=1
-                )
+                s = np.concatenate([np.concatenate([none, scores[:-1, :, :size]]), s], axis=1)
             pooled = (softmax(s, axis=1) * v).sum(1)[part.start - begin :]
             places = np.arange(part.start, part.stop) * ratio
             out[part] = self.rotate(self.rms(pooled, w["norm"]), places, ratio)

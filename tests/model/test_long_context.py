@@ -42,9 +42,7 @@ def probes(tokens: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "tokens, cache", [(65_536, "own"), (65_536, "pages"), (1_048_576, "own")]
-)
+@pytest.mark.parametrize("tokens, cache", [(65_536, "own"), (65_536, "pages"), (1_048_576, "own")])
 def test_a_long_prompt(tokens, cache, within, tmp_path):
     """Prefill in chunks, 16 decoded tokens, bounded memory; logits as the oracle's.
 
