@@ -1,8 +1,8 @@
-"""A long prompt on a narrow model, prefilled in chunks and decoded behind, as a process of its own.
+"""A long prompt on a narrow model: prefilled in chunks, decoded behind, in a process of its own.
 
-Run as `python -m tests.model.long_context TOKENS FILE.npz [pages]`. The file gets logits behind each
-chunk and of each decoded token; what it took is printed as JSON. With `pages` the cache is one as an
-engine has it, the pages in any order.
+Run as `python -m tests.model.long_context TOKENS FILE.npz [pages]`. The file gets logits behind
+each chunk and of each decoded token; what it took is printed as JSON. With `pages` the cache is one
+as an engine has it, the pages in any order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts of up to a million tokens, in chunks and with caches, against an oracle without either."""
+"""Prompts of up to a million tokens against an oracle without chunks or caches."""
 
 import json
 import subprocess

@@ -38,7 +38,7 @@ def plain_keys(cfg, num, keys):
 
 
 def ask(cfg, num, params, ids, cache):
-    """What the last layer's indexer sees and keeps: its inputs, all keys, rows of the last token."""
+    """What the last layer's indexer sees and keeps: its inputs, all keys, rows that tokens keep."""
     with recording() as log:
         prefill(cfg, num, params, ids[None], cache)
     return {name: log[name][-1] for name in ("attn_in", "index_keys", "index_picks")}
