@@ -395,15 +395,15 @@ def _absorb_selected(
 
     if capacity <= keep:
         return everything(state)
+    few_rows = indexer.whole_tiles(DENSE_FACTOR * keep, keys, place)
 
     def masked(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        scores = indexer.score_rows(query, keys, place, visible_BT, num)
+        scores = indexer.score_rows(query, keys, place, visible_BT, num, count=few_rows)
         mask = indexer.selection_mask(scores, keep)
         return _absorb_visible(state, q_BTNH, rows, place, visible_BT, mask, num)
 
     def gathered(state: attend.SoftmaxState) -> attend.SoftmaxState:
-        scores = indexer.score_rows(query, keys, place, visible_BT, num)
-        chosen = indexer.select(scores, keep)
+        chosen = indexer.select_rows(query, keys, place, visible_BT, keep, num)
         rows_BTKH = store.gather_rows(rows, place, chosen.rows_BTK, num.jnp_dtype)
         return attend.absorb(state, q_BTNH, rows_BTKH, chosen.valid_BTK, num)
 

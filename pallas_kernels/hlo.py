@@ -123,6 +123,15 @@ def runs(text: str) -> Iterator[tuple[int, dict[str, Op], Op]]:
     yield from walk(module.entry, 1)
 
 
+def kernel_flops(text: str) -> collections.Counter[str]:
+    """Operations of one run by kernel, as their own cost estimates say."""
+    total: collections.Counter[str] = collections.Counter()
+    for times, _, op in runs(text):
+        if told := re.search(r'"flops":"(\d+)"', op.rest if op.kind == "custom-call" else ""):
+            total[_label(op)] += times * int(told[1])
+    return total
+
+
 def largest(text: str, count: int) -> list[str]:
     """The largest arrays in HBM that operations make: what is passed in or updated is none."""
     module, found = parse(text), {}

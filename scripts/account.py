@@ -3,6 +3,7 @@
 python scripts/account.py
 python scripts/account.py --contexts 8192,131072,1048576 --json
 python scripts/account.py --plot docs/accounting.png    needs matplotlib
+python scripts/account.py --compiled v4-flash           needs the TPU compiler, and minutes
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from dsv4_jax.accounting import MILLION
+from dsv4_jax.accounting import MILLION, MODELS
 
 CONTEXTS = (8192, 65536, 262144, MILLION)
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -34,6 +35,18 @@ def picture(text: str) -> Path:
     return Path(text)
 
 
+def compiled(name: str, as_json: bool) -> str:
+    from pallas_kernels import aot
+
+    aot.prepare_environment()
+    if reason := aot.skip_reason():
+        raise ValueError(reason)
+    from dsv4_jax.preflight import decode_cost
+
+    cost = decode_cost.compiled_step(name, lambda text: print(text, file=sys.stderr, flush=True))
+    return json.dumps(cost.to_json(), indent=1) if as_json else decode_cost.table(cost)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="account.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,14 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw both curves")
+    parser.add_argument(
+        "--compiled", choices=MODELS, metavar="MODEL", help="beside FLOPs of a compiled step"
+    )
     args = parser.parse_args(argv)
     from dsv4_jax import accounting
 
     try:
+        if args.compiled:
+            print(compiled(args.compiled, args.json))
+            return 0
         found = accounting.report(args.contexts)
         if args.plot:
             accounting.draw(args.plot)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"account.py: {error}", file=sys.stderr)
         return 1
     print(json.dumps(found, indent=1) if args.json else accounting.table(found))

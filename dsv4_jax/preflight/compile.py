@@ -30,6 +30,7 @@ class Report:
     sent: bytes by kind of collective; formula: the same by purpose, from sizes alone.
     moved: bytes across HBM by kind of operation; flops: of products and kernels. Both are what the
     program was compiled for: kernels count room for the worst routing and all visible rows.
+    kernels: of `flops`, those of each kernel in the compiler's text.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Report:
     code: int = 0
     moved: dict[str, int] = field(default_factory=dict)
     flops: float = 0.0
+    kernels: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     formula: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)
@@ -162,6 +164,7 @@ def _compile(report: Report, program: Program, shards: Shards, kind: str) -> Non
     report.temporaries = memory.temp_size_in_bytes + fresh_output
     report.code = memory.generated_code_size_in_bytes
     report.moved = dict(hlo.moved(text))
+    report.kernels = dict(hlo.kernel_flops(text))
     report.sent = dict(measure.collectives(text))
     report.floor["ICI"] = sum(report.sent.values()) / slices.SENDS[kind]
 

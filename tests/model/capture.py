@@ -71,7 +71,9 @@ def recording() -> Iterator[Log]:
             steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
             visible = (chunk.pos_B[:, None] + steps + 1) // ratio
             scores = indexer.score_rows(query, cache["keys"], chunk.place(index), visible, num)
-            picks = indexer.select(scores, cfg.index_topk)
+            picks = indexer.select_rows(
+                query, cache["keys"], chunk.place(index), visible, cfg.index_topk, num
+            )
             log["index_keys"].append(store.unpack(cache["keys"], num.jnp_dtype)[0, 0])
             log["index_scores"].append(scores[0])
             log["index_picks"].append(jnp.where(picks.valid_BTK, picks.rows_BTK, -1)[0])

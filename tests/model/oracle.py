@@ -72,6 +72,13 @@ class Oracle:
         return np.einsum("tm,tmd->td", pre, h)
 
     def around(self, h: np.ndarray, w: Tree, norm: np.ndarray, sub_block: Any) -> np.ndarray:
+        x, post, comb = self.feed(h, w, norm)
+        return self.spread(sub_block(x), h, post, comb)
+
+    def feed(
+        self, h: np.ndarray, w: Tree, norm: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Input of a sub-block, and the coefficients with which its output is spread."""
         n, eps = self.cfg.hc_mult, self.cfg.hc_eps
         m, base, (a, b, c) = self.mixing(h, w["fn"]), w["base"], w["scale"]
         pre = sigmoid(m[:, :n] * a + base[:n]) + eps
@@ -81,7 +88,11 @@ class Oracle:
         for _ in range(self.cfg.hc_iters - 1):
             comb = comb / (comb.sum(2, keepdims=True) + eps)
             comb = comb / (comb.sum(1, keepdims=True) + eps)
-        out = sub_block(self.rms(np.einsum("tm,tmd->td", pre, h), norm))
+        return self.rms(np.einsum("tm,tmd->td", pre, h), norm), post, comb
+
+    def spread(
+        self, out: np.ndarray, h: np.ndarray, post: np.ndarray, comb: np.ndarray
+    ) -> np.ndarray:
         return post[:, :, None] * out[:, None] + np.einsum("tij,tid->tjd", comb, h)
 
     def block(self, h: np.ndarray, ids: np.ndarray, w: Tree, ratio: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Small building blocks: recorded pairs, golden values, and plain numpy in float64."""
 
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax import attend, indexer, mhc, moe, presets, rope
+from dsv4_jax import cache as store
 from dsv4_jax.config import Yarn
 from dsv4_jax.norm import head_norm, rms_norm
 from dsv4_jax.numerics import Numerics, linear
@@ -365,10 +367,11 @@ def random_query(rng, tokens, heads, dim, rows):
     return bf16(q), bf16(k), bf16(w)
 
 
+@pytest.mark.parametrize("tokens", [6, 2 * indexer.FEW_QUERIES])
 @pytest.mark.parametrize("num", [PLAIN, REFERENCE], ids=["plain", "reference"])
-def test_index_scores(num):
+def test_index_scores(num, tokens):
     """Signed weights after the relu; in reference mode products, weighted terms and sum round."""
-    q, k, w = random_query(np.random.default_rng(0), 6, 4, 32, 10)
+    q, k, w = random_query(np.random.default_rng(0), tokens, 4, 32, 10)
     cast = bf16 if num.rounds else np.asarray
     dots = cast(np.einsum("btij,bsj->btis", q, k))
     want = cast(cast(np.maximum(dots, 0) * w[..., None]).sum(2))
@@ -411,18 +414,36 @@ def test_ties_take_the_lowest_row():
     assert masked == [sorted(rows) for rows in want]
 
 
-@pytest.mark.parametrize("keep", [1, 4, 16])
-def test_selection_under_many_ties(keep):
+@pytest.mark.parametrize("keep, rows", [(1, 16), (4, 16), (16, 16), (2, 64), (5, 1280)])
+def test_selection_under_many_ties(keep, rows):
     """A stable sort decides: few distinct scores, both signs and both zeros, some rows hidden."""
     rng = np.random.default_rng(keep)
-    scores = rng.choice(np.float32([-1, -0.0, 0.0, 0.5, 2]), (200, 16))
-    visible = rng.integers(0, 17, 200)
-    scores[np.arange(16)[None] >= visible[:, None]] = -np.inf
+    scores = rng.choice(np.float32([-1, -0.0, 0.0, 0.5, 2]), (200, rows))
+    visible = rng.integers(0, rows + 1, 200)
+    scores[np.arange(rows)[None] >= visible[:, None]] = -np.inf
     order = np.argsort(-scores, axis=-1, kind="stable")
     want = [[r for r in row[:keep] if s[r] > -np.inf] for row, s in zip(order, scores, strict=True)]
     chosen, masked = selected(jnp.asarray(scores)[None], keep)
     assert chosen == want
     assert masked == [sorted(rows) for rows in want]
+
+
+@pytest.mark.parametrize("span", [8, 24])
+def test_selection_in_spans_is_selection_at_once(span):
+    """Whole numbers as scores: many ties, within spans and across."""
+    rng, rows, keep = np.random.default_rng(span), 40, 5
+    whole = partial(rng.integers, -1, 2)
+    query = indexer.IndexQuery(
+        jnp.float32(whole(size=(1, 12, 2, 4))), jnp.float32(whole(size=(1, 12, 2)))
+    )
+    keys, place = jnp.float32(whole(size=(1, 1, rows, 4))), store.Place(jnp.int32(0))
+    visible_BT = jnp.int32([[0, 3, *rng.integers(0, rows + 1, 10)]])
+    with mock.patch.object(store, "ROW_TILE", 8), mock.patch.object(indexer, "SPAN", span):
+        scores = indexer.score_rows(query, keys, place, visible_BT, PLAIN)
+        want = indexer.select(scores, keep)
+        got = indexer.select_rows(query, keys, place, visible_BT, keep, PLAIN)
+    assert (got.valid_BTK == want.valid_BTK).all() and not got.valid_BTK.all()
+    assert ((got.rows_BTK == want.rows_BTK) | ~got.valid_BTK).all()
 
 
 # -- numerics ------------------------------------------------------------------------------------

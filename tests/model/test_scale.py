@@ -1,12 +1,8 @@
 """Depth and length: what may not grow with them. Times are printed, never asserted."""
 
 import functools
-import json
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +15,8 @@ from dsv4_jax.model import decode_step, group_params, prefill
 from dsv4_jax.params import abstract, unit_specs
 from tests.model.support import PLAIN, REFERENCE
 
-ROOT = Path(__file__).parents[2]
 DEPTHS = (6, 22, 62)
 SAME_SIZE = 1.02
-MAX_BYTES = 4 << 30
 MAX_GROWTH = 3
 
 
@@ -115,23 +109,3 @@ def test_work_of_a_decode_step_does_not_grow_with_capacity():
         short, long = (costs[length][name] for length in (1024, 32768))
         print(f"decode step | {name} | {short:.3g} at 1,024, {long:.3g} at 32,768")
     assert costs[32768]["flops"] <= MAX_GROWTH * costs[1024]["flops"]
-
-
-@pytest.mark.slow
-def test_a_long_context(within):
-    """32,768 tokens: bounded memory, and chunks that agree with one prefill.
-
-    The bar is wider than elsewhere: among thousands of rows some are so close in index score that a
-    rounding decides which of them is kept. (With all rows kept the error is 1e-6.)
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.model.long_context", "32768"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(f"long context | {result}")
-    assert result["peak_bytes"] < MAX_BYTES
-    within("state: 32,768 tokens in chunks vs one prefill, relative", result["error"], 1e-4)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import attention, presets
+from dsv4_jax import attention, indexer, presets
 from dsv4_jax import cache as store
 from dsv4_jax.cache import init_cache, init_paged_cache
 from dsv4_jax.config import Yarn
@@ -247,7 +247,7 @@ def narrow_reference(narrow, tokens_BT):
 
 
 VARIANTS = {
-    "layers unrolled, rows gathered": {"scan": False, "dense": 0},
+    "layers unrolled, rows gathered": {"scan": False, "dense": 0, "tiles": (12, 3), "span": 6},
     "large caches, small tiles": {"max_len": 3000, "tiles": (4, 3)},
     "slots and pages": {"paged": True, "tiles": (4, 6)},
 }
@@ -259,7 +259,9 @@ def test_what_may_not_matter(variant, narrow, tokens_BT, narrow_reference, withi
     options = dict(VARIANTS[variant])
     queries, rows = options.pop("tiles", (attention.QUERY_TILE, store.ROW_TILE))
     dense = options.pop("dense", attention.DENSE_FACTOR)
+    span = options.pop("span", indexer.SPAN)
     with (
+        mock.patch.object(indexer, "SPAN", span),
         mock.patch.object(attention, "QUERY_TILE", queries),
         mock.patch.object(store, "ROW_TILE", rows),
         mock.patch.object(attention, "DENSE_FACTOR", dense),

@@ -1,12 +1,18 @@
 """What a token costs, against published figures."""
 
 import json
+import math
+from functools import partial
 
+import jax
 import pytest
 
 from dsv4_jax import presets
 from dsv4_jax.accounting import MILLION, V32, cache_bytes, flops
+from dsv4_jax.cache import init_paged_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.preflight import decode_cost
+from pallas_kernels import hlo
 from scripts.account import main
 
 OLD = V32()
@@ -42,6 +48,52 @@ def test_terms_of_a_million_tokens():
         assert [p / 1e9 for p in parts] == pytest.approx(figures, rel=0.01, abs=0.06)
     assert OLD.flops(MILLION).total / 1e9 == pytest.approx(1158, rel=1e-3)
     assert OLD.bytes_per_token == 48_068
+
+
+@pytest.mark.parametrize(("name", "most"), [("v4-flash", 3600), ("v4-pro", 5100)])
+@pytest.mark.parametrize("implementation", ["reference", "pallas"])
+def test_pages_of_an_engine_cost_no_more(name, most, implementation):
+    """The same bytes per token as a sequence of its own."""
+    cfg, num = MODELS[name], Numerics("reference", "bfloat16", implementation)
+
+    def size(pages):
+        cache = jax.eval_shape(partial(init_paged_cache, cfg, 1, pages, 512, num))
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+    per_token = (size(2048) - size(1024)) / (1024 * 512)
+    assert per_token == cache_bytes(cfg, num).per_token
+    assert size(2048) / MILLION <= most
+
+
+def test_parts_of_a_compiled_step():
+    """What kernels say goes to its part, everything else to the rest; sums stay."""
+    cfg = MODELS["v4-flash"]
+    formula = decode_cost.formula_parts(cfg, MILLION)
+    assert sum(formula.values()) == flops(cfg, MILLION).total
+    assert formula["experts"] / 1e9 == pytest.approx(13.0, abs=0.1)
+    parts = decode_cost.compiled_parts(10.0, {"sparse_attention": 4, "block_matmul": 3})
+    assert parts == {"attention": 4, "index": 0, "experts": 0, "other": 6}
+    cost = decode_cost.DecodeCost("v4-flash", "v5p:2x2x1", MILLION, formula, formula)
+    assert cost.to_json()["ratio_to_v3.2"]["compiled"] == pytest.approx(0.121, abs=1e-3)
+    assert "12.1%" in decode_cost.table(cost)
+
+
+def test_kernels_count_as_often_as_they_run():
+    text = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %k.7 = f32[8]{0} custom-call(), custom_call_target="tpu_custom_call", x={"flops":"12"}
+}
+
+%test (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(20)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(), condition=%test, body=%body
+  %k.9 = f32[8]{0} custom-call(), custom_call_target="tpu_custom_call", x={"flops":"5"}
+}
+"""
+    assert hlo.kernel_flops(text) == {"k": 245}
 
 
 def test_short_contexts_select_no_more_than_there_is():

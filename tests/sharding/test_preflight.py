@@ -167,5 +167,6 @@ def test_the_compiler_confirms_bytes_sent(mesh, program, sizes):
     report = command.compile_one("short", cfg, "v6e:2x4", program, sizes, shape, exchange)
     assert report.fits, report.reason
     assert "sparse_attention" in report.moved and "grouped_swiglu" in report.moved
+    assert 0.5 * report.flops < sum(report.kernels.values()) <= report.flops
     formula, sent = sum(report.formula.values()), sum(report.sent.values())
     assert abs(formula - sent) <= 0.1 * sent, (report.formula, report.sent)

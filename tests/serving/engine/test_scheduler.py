@@ -310,6 +310,25 @@ def test_a_long_prompt_is_not_starved_by_short_ones():
     assert max(map(len, waits[:-1])) <= MAX_SKIPS + engine.config.num_slots
 
 
+def test_a_million_tokens_leave_others_their_turn_and_can_be_cancelled():
+    sizes = {"chunk_sizes": (128, 2048), "prefill_batches": (1,), "step_tokens": 2048}
+    engine = Engine(small_config(max_len=2**20, checkpoint_every=2**16, **sizes), num_pages=8400)
+    long = make("long", length=2**20 - 1, max_tokens=1)
+    engine.submit(long)
+    for number in range(120):
+        if len(engine.scheduler.queue) < 2:
+            engine.submit(make(number, length=300, seed=5, max_tokens=8))
+        engine.step()
+        running = [r for r in engine.scheduler.slots.live.values() if r.status is Status.RUNNING]
+        assert engine.plans[-1].decode or not running or number < 2
+    assert all(plan.num_tokens <= 2048 for plan in engine.plans if plan.decode)
+    assert len(engine.finished) > 30 and 5_000 < long.planned < len(long.prompt)
+    long.cancel()
+    engine.run()
+    assert long.finish_reason is FinishReason.CANCELLED
+    engine.check_idle()
+
+
 def test_only_so_many_long_prompts_are_prefilled_at_once():
     config = small_config(long_prefill=500, prefill_batches=(1,))
     engine = Engine(config)
