@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -23,11 +24,13 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
     loaded = service.loaded()
     ask = await service.read(request, read_chat_request)
     name = service.model_name(ask.model)
-    plan = await planned(service, loaded, request, ask)
+    asks = [replace(ask, extracted_urls=(url,)) for url in ask.extracted_urls] or [ask]
+    plans = [await planned(service, loaded, request, one) for one in asks]
+    tokens = sum(len(plan.prompt_ids) for plan in plans)
     reply = Reply(
         name,
         loaded.fingerprint,
-        len(plan.prompt_ids),
+        tokens,
         ask.include_usage,
         None if ask.logprobs is None else loaded.planner.tokenizer.token_bytes,
         ask.continuous_usage,
@@ -36,10 +39,14 @@ async def chat_completions(service: Service, request: Request) -> Response | ASG
     answering = Answering(
         service,
         request,
-        facts_of(request, plan),
-        turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
+        facts_of(request, plans[0], tokens),
+        [
+            maker
+            for plan in plans
+            for maker in turn_makers(service, loaded, plan, request.scope["dsv4.request_id"])
+        ],
         reply,
-        headers_of(service, plan.warning),
+        headers_of(service, plans[0].warning),
         ask.stream and ask.continuous_usage,
     )
     return await answering.respond(ask.stream)
@@ -67,12 +74,12 @@ async def planned(
     return plan
 
 
-def facts_of(request: Request, plan: PromptPlan) -> Facts:
+def facts_of(request: Request, plan: PromptPlan, prompt_tokens: int) -> Facts:
     return Facts(
         request.scope["dsv4.request_id"],
         request.url.path,
         plan.tenant,
-        len(plan.prompt_ids),
+        prompt_tokens,
         f"thinking:{plan.effort or 'default'}" if plan.thinking else "chat",
     )
 

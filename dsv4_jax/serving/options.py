@@ -316,6 +316,13 @@ OPTIONS = (
         choices(TOOL_GRAMMARS),
     ),
     Option(
+        "recover-lookalike-dsml",
+        "prompt",
+        "take tool markup in answers for calls though its marker is spelled out as text",
+        False,
+        switch,
+    ),
+    Option(
         "special-tokens-in-text",
         "prompt",
         "what the spelling of a control token in a client's text is; control is for trusted text",

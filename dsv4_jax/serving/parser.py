@@ -7,13 +7,23 @@ never contain control tokens, and a call's arguments are valid JSON unless the a
 """
 
 import codecs
+import re
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from dsv4_jax.serving.calls import WHITESPACE, CallWriter
 from dsv4_jax.serving.events import Content, Event, Reasoning
-from dsv4_jax.serving.tags import BLOCK, INVOKE, PARAMETER, Tag, Verdict, read_tag
+from dsv4_jax.serving.tags import (
+    BLOCK,
+    INVOKE,
+    PARAMETER,
+    Tag,
+    Verdict,
+    find_spelled,
+    held_end,
+    read_tag,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,10 @@ _CLOSERS = {state: _NONE if state is State.REASONING else _ANY for state in Stat
 
 
 class CompletionParser:
-    """Reads one completion. Without `tools`, tool markup is ordinary text."""
+    """Reads one completion. Without `tools`, tool markup is ordinary text.
+
+    With `spelled_markers`, a marker of tools that is spelled out as text counts, outside reasoning.
+    """
 
     def __init__(
         self,
@@ -59,16 +72,19 @@ class CompletionParser:
         reasoning: bool,
         tools: bool,
         known_tools: frozenset[str] = frozenset(),
+        spelled_markers: bool = False,
     ) -> None:
         self.state = State.REASONING if reasoning else State.CONTENT
         self.counts: Counter[str] = Counter()
         self._controls = controls
         self._tools = tools
+        self._takes_spelled = tools and spelled_markers
+        self._spelled = ""  # how the marker of the tag being read was spelled out, if it was
         self._events: list[Event] = []
         self._calls = CallWriter(self._events, self.counts, known_tools)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._spaces: list[str] = []  # held back: they vanish if a tool block follows
-        self._bracket = ""  # held back: "<" or "</" that may belong to a marker
+        self._bracket = ""  # held back: "<" or "</", or more, that may belong to a marker
         self._tag: str | None = None  # text after a marker, until it is a tag or is not
         self._after_block = False
         self._unopened_block = False  # the block began with a call, without its own tag
@@ -90,9 +106,11 @@ class CompletionParser:
     def finish(self, truncated: bool) -> list[Event]:
         """Ends the completion; `truncated` means it was cut off, so open JSON stays open."""
         self._text(self._utf8.decode(b"", True))
-        if self._tag is not None:
+        if self._tag is not None and not self._spelled:
             self._tag = None
             self._drop_held()
+        elif self._tag is not None:
+            self._bracket += self._spelled + self._tag
         self._release()
         if self.state in (State.CALL, State.PARAMETER):
             self._calls.leave_open() if truncated else self._end_call()
@@ -117,7 +135,7 @@ class CompletionParser:
             self.counts["stray_control"] += 1
 
     def _marker(self) -> None:
-        if self._bracket and self._possible_words():
+        if self._bracket in ("<", "</") and self._possible_words():
             self._tag = ""
         else:
             self.counts["stray_marker"] += 1
@@ -144,21 +162,43 @@ class CompletionParser:
             return ""
         if not isinstance(tag, Tag):
             return self._rejected_tag()
-        rest, self._tag = self._tag[tag.length :], None
+        self.counts["spelled_marker"] += bool(self._spelled)
+        rest, self._tag, self._spelled = self._tag[tag.length :], None, ""
         self._bracket = ""
         self._close(tag) if tag.closes else self._open(tag)
         return rest
 
     def _rejected_tag(self) -> str:
-        """Gives up reading a tag: its text without the marker is ordinary text."""
-        self.counts["bad_tag"] += 1
+        """Gives up reading a tag: its text, without the marker if that is a token, is ordinary."""
         text, self._tag = self._tag or "", None
+        if self._spelled:
+            self._bracket, self._spelled = self._bracket + self._spelled, ""
+            self._release()
+        else:
+            self.counts["bad_tag"] += 1
         return text
 
     def _plain(self, text: str) -> None:
         text = self._bracket + text
-        self._bracket = next((b for b in ("</", "<") if text.endswith(b)), "")
-        text = text[: len(text) - len(self._bracket)]
+        takes_spelled = self._takes_spelled and self.state is not State.REASONING
+        if takes_spelled and (found := find_spelled(text)):
+            return self._spelled_marker(text, found)
+        self._bracket = held_end(text, takes_spelled)
+        self._pass_on(text[: len(text) - len(self._bracket)])
+
+    def _spelled_marker(self, text: str, found: re.Match[str]) -> None:
+        """Text in front of the marker, the marker, and what follows."""
+        self._bracket = ""
+        self._pass_on(text[: found.start()])
+        self._bracket, self._spelled = found["bracket"], found["marker"]
+        if self._possible_words():
+            self._tag = ""
+            self._text(text[found.end() :])
+        else:
+            self._plain(self._rejected_tag() + text[found.end() :])
+
+    def _pass_on(self, text: str) -> None:
+        """Lets text out but for spaces at its end, which vanish if a tool block follows."""
         if self.state is State.PARAMETER:
             return self._emit(text)
         kept = text.rstrip(WHITESPACE)

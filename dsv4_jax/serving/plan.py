@@ -39,6 +39,13 @@ _FIXED_WHILE_THINKING = ("temperature", "top_p", "top_k", "min_p")  # if samplin
 MODE_OF_NAME = {"deepseek-chat": False, "deepseek-reasoner": True}
 
 
+def _single(urls: tuple[str, ...]) -> str | None:
+    """The URL of a prompt, which is about one."""
+    if len(urls) > 1:
+        raise invalid("extracted_urls", "takes one URL here: each makes a prompt of its own")
+    return urls[0] if urls else None
+
+
 def seed_of(seed: int, index: int) -> int:
     """The seed of answer `index`; the first one's is the request's own."""
     name = hashlib.sha256(f"{seed} {index}".encode()).digest()
@@ -280,7 +287,7 @@ class Planner:
                 response_format=schema if reply and reply.kind == "json_schema" else None,
                 continue_final_message=request.continue_final_message,
                 task=request.task,
-                extracted_url=request.extracted_url,
+                extracted_url=_single(request.extracted_urls),
                 internal_roles=self.rules.internal_roles,
                 require_reasoning=self.rules.requires_reasoning,
                 restore_reasoning=lambda ids: said.reasoning if (said := find(ids)) else None,
@@ -348,6 +355,7 @@ class Planner:
             reasoning=plan.starts_in_reasoning,
             tools=plan.has_tools,
             known_tools=plan.tool_names,
+            spelled_markers=self.rules.recovers_lookalikes,
         )
 
     def _is_thinking(self, request: ChatRequest) -> bool:

@@ -21,6 +21,8 @@ class Rules:
         tool_grammar: What tool calls are held to once they have begun: "structure", their names,
             parameters and types; "strict", all of their schemas if those can be followed; "off",
             nothing, unless a request says `strict` itself or a form must hold.
+        recovers_lookalikes: Takes tool markup in answers for calls though its marker is spelled out
+            as text, with bars of either kind. Grammars do not hold such calls to anything.
         special_tokens_in_text: What the spelling of a control token in a client's text means.
     """
 
@@ -31,4 +33,5 @@ class Rules:
     requires_reasoning: bool = False
     internal_roles: bool = False
     tool_grammar: ToolGrammarMode = "structure"
+    recovers_lookalikes: bool = False
     special_tokens_in_text: TextPolicy = "text"

@@ -9,6 +9,7 @@ from dsv4_jax.serving.fields import Fields, check_known
 from dsv4_jax.serving.message_fields import check_messages
 from dsv4_jax.serving.sampling_fields import (
     ANY_COUNT,
+    MAX_CHOICES,
     read_choices,
     read_end,
     read_max_tokens,
@@ -58,9 +59,9 @@ class ChatRequest:
     `thinking` is the field of that name; `template_thinking` and `template_effort` come from
     `chat_template_kwargs`. `sampling` are arguments of `SamplingParams`; `logprobs` is how many
     best tokens to report beside each one; `tools` are as received; `user` is who asks; `task` is a
-    quick instruction, `extracted_url` what the task read_url is about. Of one user, requests of
-    lower `priority` start first; an answer does not end before `min_tokens`, and with `ignore_eos`
-    not by itself.
+    quick instruction, `extracted_urls` what the task read_url is about, each for itself. Of one
+    user, requests of lower `priority` start first; an answer does not end before `min_tokens`, and
+    with `ignore_eos` not by itself.
     """
 
     messages: list[Any]
@@ -85,7 +86,7 @@ class ChatRequest:
     parallel_calls: bool = True
     reply_format: ReplyFormat | None = None
     task: str | None = None
-    extracted_url: str | None = None
+    extracted_urls: tuple[str, ...] = ()
     user: str = ""
     priority: int = 0
     min_tokens: int = 0
@@ -116,7 +117,7 @@ def read_chat_request(body: object, refuses_unknown: bool = False) -> ChatReques
     thinking, budget = _thinking(fields)
     template = fields.mapping("chat_template_kwargs")
     on = [template.boolean(name) for name in ("thinking", "enable_thinking")]
-    limit = read_max_tokens(fields)
+    limit, count = read_max_tokens(fields), read_choices(fields)
     return ChatRequest(
         messages=messages,
         model=fields.text("model"),
@@ -129,7 +130,7 @@ def read_chat_request(body: object, refuses_unknown: bool = False) -> ChatReques
         continue_final_message=fields.boolean("continue_final_message") or False,
         max_tokens=limit,
         sampling=read_sampling(fields),
-        n=read_choices(fields),
+        n=count,
         logprobs=_logprobs(fields),
         stop=read_stop(fields),
         stop_ids=read_stop_ids(fields),
@@ -140,7 +141,7 @@ def read_chat_request(body: object, refuses_unknown: bool = False) -> ChatReques
         parallel_calls=fields.boolean("parallel_tool_calls") is not False,
         reply_format=read_reply_format(fields),
         task=fields.text("task", tuple(TASK_TOKENS)),
-        extracted_url=_extracted_url(fields),
+        extracted_urls=_extracted_urls(fields, count),
         user=read_user(fields),
         priority=read_priority(fields),
         stream=fields.boolean("stream") or False,
@@ -167,15 +168,15 @@ def _thinking(fields: Fields) -> tuple[bool | None, int | None]:
     return kind == "enabled", budget
 
 
-def _extracted_url(fields: Fields) -> str | None:
+def _extracted_urls(fields: Fields, n: int) -> tuple[str, ...]:
     urls = fields.array("extracted_urls", ANY_COUNT) or []
     if not all(isinstance(url, str) and url for url in urls):
         raise invalid("extracted_urls", "must be texts")
-    if len(urls) > 1:
-        raise unsupported("extracted_urls", "takes one URL; send one request for each")
+    if len(urls) * n > MAX_CHOICES:
+        raise invalid("extracted_urls", f"must ask for at most {MAX_CHOICES} answers, n to each")
     if urls and fields.values.get("task") != "read_url":
         raise invalid("extracted_urls", "is for the task read_url")
-    return urls[0] if urls else None
+    return tuple(urls)
 
 
 def _logprobs(fields: Fields) -> int | None:

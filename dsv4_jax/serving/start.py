@@ -42,6 +42,7 @@ from sharding.shards import Shards
 DEFAULT_MAX_LEN = 131_072
 TESTED_TOKENS = 4  # that the model must say before requests are let in
 GIB = 1 << 30
+WIDEST_LINE = 60  # of those that replace each other on a terminal
 say = partial(print, flush=True)
 
 
@@ -170,9 +171,8 @@ def start(
         used = f"{engine.disk.store.used / GIB:.1f} of {args.disk_cache_gib:g} GiB"
         say(f"disk     {folder_of}: {used} (--disk-cache)")
     service.on_fatal = engine.fail
-    say("compiling …")
     service.phase = "compiling"
-    engine.warm_up()
+    engine.warm_up(partial(_compiling, service, time.monotonic()))
     if args.compile_only:
         engine.stop()
         return say(f"compiled after {time.monotonic() - begin:.0f} s")
@@ -186,6 +186,7 @@ def start(
         requires_reasoning=args.require_reasoning,
         internal_roles=args.internal_roles,
         tool_grammar=args.tool_grammar,
+        recovers_lookalikes=args.recover_lookalike_dsml,
         special_tokens_in_text=args.special_tokens_in_text,
     )
     planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
@@ -236,6 +237,22 @@ def _where(plan: Plan) -> str:
     return f"{BUILD} {kind} {shape} {plan.sizes.page_tokens} {plan.sizes.guesses}"
 
 
+def _compiling(service: Service, begin: float, done: int, total: int) -> None:
+    """Tells of programs that are compiled, and how long the others will take."""
+    service.percent = 80 + 20 * done // total
+    text = f"compiling {done} of {total} programs"
+    if 0 < done < total:
+        text += f", about {(time.monotonic() - begin) / done * (total - done):.0f} s left"
+    _tell(text, done == total)
+
+
+def _tell(text: str, is_last: bool) -> None:
+    """A line in place of the one before, on a terminal."""
+    if not sys.stdout.isatty():
+        return say(text)
+    say(f"{text:<{WIDEST_LINE}}", end="\n" if is_last else "\r")
+
+
 def _loaded(
     args: SimpleNamespace,
     folder: str,
@@ -249,8 +266,7 @@ def _loaded(
     def progress(done: int, total: int) -> None:
         if service is not None:
             service.percent = 80 * done // total
-        is_last = done == total or not sys.stdout.isatty()
-        say(f"loading  {done} of {total} parts", end="\n" if is_last else "\r")
+        _tell(f"loading  {done} of {total} parts", done == total)
 
     spread = None if plan.shards.mesh is None else plan.shards
     return load(folder, progress=progress, shards=spread)

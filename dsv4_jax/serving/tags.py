@@ -14,6 +14,8 @@ _NAME = re.compile(r'\s+name="(?P<name>.*)"\s*', re.DOTALL)
 _NAME_AND_TYPE = re.compile(
     r'\s+name="(?P<name>.*)"\s+string="(?P<string>true|false)"\s*', re.DOTALL
 )
+_SPELLED = re.compile(r"(?P<bracket></?)(?P<marker>[|｜]DSML[|｜])")
+_SPELLINGS = tuple(f"{b}{x}DSML{y}" for b in ("<", "</") for x in "|｜" for y in "|｜")
 _BARE = re.compile(r"\s+name=(?P<name>[^\s\"]+)(?:\s+string=(?P<string>true|false))?\s*")
 
 
@@ -36,6 +38,18 @@ class Verdict(Enum):
 
     MORE = auto()
     NOT_A_TAG = auto()
+
+
+def find_spelled(text: str) -> re.Match[str] | None:
+    """The first `bracket` and `marker` that are spelled out as text, with bars of either kind."""
+    return _SPELLED.search(text)
+
+
+def held_end(text: str, spelled: bool) -> str:
+    """The end of `text` behind which a marker may follow, or be spelled out further."""
+    whole = _SPELLINGS if spelled else ("</｜",)
+    sizes = range(min(len(text), max(map(len, whole)) - 1), 0, -1)
+    return next((text[-n:] for n in sizes if any(w.startswith(text[-n:]) for w in whole)), "")
 
 
 def read_tag(text: str, closes: bool, words: frozenset[str]) -> Tag | Verdict:

@@ -168,7 +168,7 @@ def test_stopping_while_it_compiles_is_clean():
         lines = []
         for line in server.stdout:
             lines.append(line)
-            if line.startswith("compiling"):
+            if line.startswith("compiling 0 of "):
                 server.send_signal(signal.SIGTERM)
         errors = server.stderr.read()
     assert (server.returncode, errors) == (0, "")

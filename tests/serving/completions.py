@@ -83,9 +83,14 @@ def run(
     reasoning: bool = False,
     tools: bool = True,
     truncated: bool = False,
+    spelled_markers: bool = False,
 ) -> tuple[Parsed, CompletionParser]:
     parser = CompletionParser(
-        IDS, reasoning=reasoning, tools=tools, known_tools=frozenset({"f", "g"})
+        IDS,
+        reasoning=reasoning,
+        tools=tools,
+        known_tools=frozenset({"f", "g"}),
+        spelled_markers=spelled_markers,
     )
     parsed = Parsed()
     for token, data in tokens:

@@ -6,9 +6,10 @@ from html.parser import HTMLParser
 import pytest
 from starlette.testclient import TestClient
 
+from dsv4_jax.encoding import constants as C
 from dsv4_jax.serving.api import create_app
 from dsv4_jax.serving.service import Service, Settings
-from tests.serving.fakes import MODEL, FakeModel, answer, make_service
+from tests.serving.fakes import MODEL, FakeModel, answer, ids, make_service, prompt_text
 
 ASK = {"messages": [{"role": "user", "content": "q"}]}
 
@@ -147,3 +148,19 @@ def test_metrics_are_prometheus_text():
         reply = client.get("/metrics")
     assert reply.status_code == 200
     assert "# TYPE dsv4:generation_tokens_total counter" in reply.text
+
+
+def test_each_url_is_asked_about_by_itself():
+    said = []
+
+    def say(prompt):
+        said.append(prompt_text(prompt))
+        return f"{'yes' if '//b' in said[-1] else 'no'}{C.EOS}"
+
+    ask = ASK | {"task": "read_url", "extracted_urls": ["http://a", "http://b"]}
+    with TestClient(create_app(make_service(FakeModel(say)))) as client:
+        reply = client.post("/v1/chat/completions", json=ask).json()
+        assert [c["message"]["content"] for c in reply["choices"]] == ["no", "yes"]
+        assert reply["usage"]["prompt_tokens"] == sum(len(ids(prompt)) for prompt in said)
+        refused = client.post("/v1/chat/render", json=ask)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "extracted_urls")

@@ -11,6 +11,7 @@ from tests.serving.completions import (
     IDS,
     TEXT_ID,
     block,
+    cut,
     invoke,
     json_parameter,
     pieces,
@@ -287,6 +288,37 @@ def test_long_whitespace_takes_linear_time():
         parser.feed(TEXT_ID, b" ")
     [event] = parser.finish(truncated=False)
     assert event.text == " " * 200_000
+
+
+def spelled(completion, bar="|"):
+    """A completion as one token of text, its markers included."""
+    return [(TEXT_ID, completion.replace("｜DSML｜", f"{bar}DSML{bar}").encode())]
+
+
+@pytest.mark.parametrize("bar", ["|", "｜"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
+def test_spelled_markers_count_if_asked_for(bar, size):
+    tokens = cut(spelled(f"Look:\n\n{block(CALL, CALL)}", bar), [size] * 1000)
+    parsed, parser = run(tokens, spelled_markers=True)
+    assert (parsed.content, parsed.arguments) == ("Look:", [CALLED, CALLED])
+    assert parser.counts["spelled_marker"] == 10  # two of each call's, parameter's and the block's
+
+
+LOOKALIKES = ("a <|DSML|b> c", "a </|DSML|x", "<|DSML|tool_calls", "a <|DS", "<|DSML|<|DSML|")
+
+
+@pytest.mark.parametrize("text", LOOKALIKES)
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_spelled_markers_that_begin_no_tag_are_text(text, size):
+    parsed, parser = run(cut([(TEXT_ID, text.encode())], [size] * 100), spelled_markers=True)
+    assert parsed.content == text and not parsed.names and not parser.counts.total()
+
+
+def test_spelled_markers_are_text_while_thinking_and_without_tools():
+    tokens = spelled(f"a{block(CALL)}")
+    text = tokens[0][1].decode()
+    assert run(tokens, reasoning=True, spelled_markers=True)[0].reasoning == text
+    assert run(tokens, tools=False, spelled_markers=True)[0].content == text
 
 
 def test_the_controls_of_these_tests_are_all_known():

@@ -50,7 +50,6 @@ UNSUPPORTED = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"functions": [{"name": "f"}]}, "functions"),
-    ({"task": "read_url", "extracted_urls": ["a", "b"]}, "extracted_urls"),
 ]
 
 
@@ -82,6 +81,7 @@ WRONG = [
     ({"response_format": {}}, "response_format.type"),
     ({"task": "sing"}, "task"),
     ({"task": "read_url", "extracted_urls": [5]}, "extracted_urls"),
+    ({"task": "read_url", "extracted_urls": ["a"] * 9, "n": 2}, "extracted_urls"),
     ({"extracted_urls": ["a"]}, "extracted_urls"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "regex"}}, "response_format.regex"),

@@ -21,7 +21,7 @@ async def messages(service: Service, request: Request) -> Response | ASGIApp:
     answering = Answering(
         service,
         request,
-        facts_of(request, plan),
+        facts_of(request, plan, len(plan.prompt_ids)),
         turn_makers(service, loaded, plan, request.scope["dsv4.request_id"]),
         MessageReply(name, len(plan.prompt_ids)),
         headers_of(service, plan.warning),

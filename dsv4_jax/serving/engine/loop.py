@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -304,9 +304,9 @@ class Engine:
 
     # The engine's thread.
 
-    def warm_up(self) -> None:
-        """Compiles every program by running it on padding rows alone."""
-        self.runner.warm_up()
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every program by running it on padding rows alone; see `Runner.warm_up`."""
+        self.runner.warm_up(progress)
 
     def _run(self) -> None:
         try:

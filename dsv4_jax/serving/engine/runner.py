@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -136,17 +137,23 @@ class Runner:
             self.state = self.programs.save_rings(self.state, slot, handle)
         return launched
 
-    def warm_up(self) -> None:
-        """Compiles every program by running it on padding alone."""
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every program by running it on padding alone.
+
+        progress: called with how many of the large programs are done, and how many there are.
+        """
         programs, scratch, first = self.programs, np.int32(self._scratch), np.int32(0)
-        for size in self._config.decode_batches:
-            self.state, _ = programs.decode(programs.params, self.state, self._padding(size))
-            if self._config.guesses:
-                self.state, _ = programs.verify(programs.params, self.state, self._padding(size))
         config = self._config
+        tasks: list[Callable[[], object]] = []
+        for size in config.decode_batches:
+            tasks += [partial(self._pad, which, size) for which in self._step_programs()]
         shapes = list(itertools.product(config.prefill_batches, config.chunk_sizes))
         for size, chunk in shapes + ([config.tail_shape] if config.tail_shape else []):
-            self._launch_prefill(self._padding(size), (), size, chunk)
+            tasks.append(partial(self._launch_prefill, self._padding(size), (), size, chunk))
+        for done, task in enumerate(tasks):
+            progress(done, len(tasks))
+            task()
+        progress(len(tasks), len(tasks))
         none = np.zeros(self._config.num_slots, np.int32)
         self.state = programs.copy_pages(self.state, none, none)
         self.state = programs.save_rings(self.state, scratch, first)
@@ -158,6 +165,12 @@ class Runner:
         for is_there in (False, True):
             self._warm_up_returns(is_there)
         jax.block_until_ready(self.state)
+
+    def _step_programs(self) -> list[Callable[..., Any]]:
+        return [self.programs.decode, *([self.programs.verify] if self._config.guesses else [])]
+
+    def _pad(self, program: Callable[..., Any], size: int) -> None:
+        self.state, _ = program(self.programs.params, self.state, self._padding(size))
 
     def _warm_up_returns(self, is_there: bool) -> None:
         """Takes pages, a slot and a checkpoint out and puts them back."""

@@ -144,7 +144,7 @@ CHAT = asked(
         "top_logprobs": integer(0, MAX_LOGPROBS),
         "continue_final_message": BOOLEAN,
         "task": one_of(*TASK_TOKENS),
-        "extracted_urls": list_of(TEXT, 1),
+        "extracted_urls": list_of(TEXT, MAX_CHOICES),
     },
     ("messages",),
 )

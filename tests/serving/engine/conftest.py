@@ -27,7 +27,9 @@ def engine() -> Iterator[Engine]:
     scheduling = replace(scheduling, reserve_tokens=1)  # so that pages can run out
     engine = Engine(cfg, num, params, scheduling, sizes, "test", host_cache_bytes=64 << 20)
     engine.test_config = cfg  # pyright: ignore[reportAttributeAccessIssue]
-    engine.warm_up()
+    told: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: told.append((done, total)))
+    assert told == [(done, told[-1][1]) for done in range(len(told))] and told[-1][0]
     engine.start()
     yield engine
     engine.stop()
