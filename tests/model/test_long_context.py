@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROBES = 24  # ends of chunks, beside all decoded tokens
 MAX_RELATIVE = 1e-5
 MAX_BYTES = 8e9
-SEEN = 1e-2  # what forgetting rows changes at least, relative: far above any error
+SEEN = 5e-3  # what forgetting rows changes at least, relative: far above any error
 
 
 def test_the_oracle_of_long_prompts_is_the_other_one():
