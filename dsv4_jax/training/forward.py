@@ -122,14 +122,20 @@ def block(
 def _mtp(
     program: Program, params: Params, h_BTMD: Array, layout: Layout
 ) -> tuple[Array, LayerTerms]:
-    """The MTP block: streams of token t and the embedding of token t + 1, at position t."""
-    cfg, num, w = program.cfg, program.num, params["mtp"][0]
-    next_BT = ahead(layout.batch.tokens_BT, 1)
+    """The MTP block: streams of token t and the embedding of token t + 1, at position t.
+
+    A document's last token has no next one: here it is padding, so that the embedding of its
+    neighbour is not routed, counted or balanced.
+    """
+    cfg, num, w, batch = program.cfg, program.num, params["mtp"][0], layout.batch
+    next_BT = ahead(batch.tokens_BT, 1)
+    inside_BT = ahead(batch.segment_BT, 1) == batch.segment_BT
+    inner = batch._replace(segment_BT=jnp.where(inside_BT, batch.segment_BT, 0))
     e_BTD = rms_norm(num.cast(params["top"]["embed"][next_BT]), w["enorm"], cfg.norm_eps, num)
     e_BTD = dense(e_BTD, w["e_proj"], program.precision)
     s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
     s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)
     x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
-    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout)
+    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout._replace(batch=inner))
     y_BTD: Any = HyperHead(cfg, num).apply({"params": w["hc_head"]}, x_BTMD)
     return rms_norm(y_BTD, w["norm"], cfg.norm_eps, num), terms
