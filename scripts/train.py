@@ -2,6 +2,7 @@
 
 python scripts/train.py --config tiny --run-dir runs/tiny data.train=runs/tiny-data
 python scripts/train.py --config my_run.py --run-dir runs/mine schedule.lr=1e-3 seed=1
+python scripts/train.py --config my_run.py --run-dir runs/mine --mesh fsdp=4,expert=2
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ def parser() -> argparse.ArgumentParser:
     ap.add_argument("--config", required=True, metavar="NAME|FILE", help="see training/configs")
     ap.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the run>")
     ap.add_argument("--until", type=int, metavar="STEP", help="stop there; default: the end")
+    ap.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="devices that share a step: of data, fsdp and expert; the same as mesh=AXIS=N,…",
+    )
     ap.add_argument("--show", action="store_true", help="print the plan and stop")
     ap.add_argument("changes", nargs="*", metavar="key=value", help="e.g. schedule.lr=1e-3")
     return ap
@@ -42,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     from dsv4_jax.training.run import load_run
 
     try:
-        run = load_run(args.config, args.changes)
+        mesh = [f"mesh={args.mesh}"] if args.mesh else []
+        run = load_run(args.config, [*args.changes, *mesh])
         if args.show:
             show(run)
             return 0

@@ -12,6 +12,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.mhc import HyperHead
 from dsv4_jax.model import is_scanned
 from dsv4_jax.norm import rms_norm
+from dsv4_jax.params import block_specs, mtp_specs
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import Group, LayerKind, layer_groups
 from dsv4_jax.training.attention import Layout, attention
@@ -19,6 +20,7 @@ from dsv4_jax.training.batch import Batch, ahead
 from dsv4_jax.training.experts import RouterTerms, moe
 from dsv4_jax.training.hyper import feed, spread
 from dsv4_jax.training.index_loss import IndexTerms
+from dsv4_jax.training.joined import join
 from dsv4_jax.training.precision import dense
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.windows import find_windows
@@ -48,6 +50,7 @@ class Hidden(NamedTuple):
 def forward(program: Program, params: Params, batch: Batch, routes: Any = None) -> Hidden:
     """Hidden states and terms of a packed batch.
 
+    params: of one device's part on a mesh, but for `top`, which is joined already.
     routes: expert indices to use, shaped like `terms[g][i].router.experts_UA`; None: each layer
     chooses. The MTP block always chooses for itself.
     """
@@ -90,6 +93,7 @@ def _run_group(
     def pattern(h_BTMD: Array, xs: tuple[list[Params], list[Array | None]]):
         terms = []
         for kind, layer, route in zip(group.kinds, *xs, strict=True):
+            layer = join(program, block_specs(program.cfg, *kind), layer)
             h_BTMD, found = block(program, kind, layer, h_BTMD, layout, route)
             terms.append(found)
         return h_BTMD, terms
@@ -127,7 +131,8 @@ def _mtp(
     A document's last token has no next one: here it is padding, so that the embedding of its
     neighbour is not routed, counted or balanced.
     """
-    cfg, num, w, batch = program.cfg, program.num, params["mtp"][0], layout.batch
+    cfg, num, batch = program.cfg, program.num, layout.batch
+    w = join(program, mtp_specs(cfg), params["mtp"][0])
     next_BT = ahead(batch.tokens_BT, 1)
     inside_BT = ahead(batch.segment_BT, 1) == batch.segment_BT
     inner = batch._replace(segment_BT=jnp.where(inside_BT, batch.segment_BT, 0))
