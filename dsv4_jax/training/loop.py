@@ -14,13 +14,14 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.checkpoint import Checkpoints
 from dsv4_jax.training.data.source import Prefetch, Rows
 from dsv4_jax.training.guard import Guard
 from dsv4_jax.training.init import init_params
-from dsv4_jax.training.metrics import Reporter
+from dsv4_jax.training.metrics import Reporter, Silence
 from dsv4_jax.training.placing import (
     make_shards,
     place_rows,
@@ -53,7 +54,9 @@ class Trainer:
         self.guard = Guard(run.guard)
         self.pending: dict[int, Any] = {}  # step: experts chosen for it by earlier parameters
         self.state, self.step = self._begin()
-        self.reporter = Reporter(self.dir, self.step, run.log_every, out)
+        self.reporter: Reporter | Silence = Silence()
+        if jax.process_index() == 0:
+            self.reporter = Reporter(self.dir, self.step, run.log_every, out)
         self._prefetch, self._stopping = Prefetch(), False
         self._steps = lru_cache(maxsize=None)(self._make_step)
         self._routers = lru_cache(maxsize=None)(self._make_router)
@@ -61,13 +64,15 @@ class Trainer:
     def train(self, until: int | None = None) -> bool:
         """Runs to step `until`, or the end; returns whether the run is complete.
 
-        SIGTERM (and the first Ctrl-C) saves after the current step and returns early.
+        SIGTERM (and the first Ctrl-C) saves after the current step and returns early; of several
+        processes, it is enough that one is told.
         """
         last = self.plan.steps if until is None else min(until, self.plan.steps)
         borders = set(self.plan.borders())
         with self._signals():
             while self.step < last and not self._stopping:
                 self._advance()
+                self._stopping = _any_process(self._stopping)
                 due = self.step % self.run.checkpoint_every == 0 or self.step in borders
                 if due or self.step == last or self._stopping:
                     self._save()
@@ -157,8 +162,9 @@ class Trainer:
             self.state = self._like()
             self._restore(step)
             return self.state, self.step
-        (self.dir / MODEL_FILE).write_text(json.dumps(self.run.model.to_hf(), indent=2))
-        (self.dir / "run.txt").write_text(f"{self.run!r}\n")
+        if jax.process_index() == 0:
+            (self.dir / MODEL_FILE).write_text(json.dumps(self.run.model.to_hf(), indent=2))
+            (self.dir / "run.txt").write_text(f"{self.run!r}\n")
         return self._new_state(), 0
 
     def _new_state(self) -> TrainState:
@@ -247,6 +253,13 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether `flag` holds in any process: all must stop after the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def identity(run: RunConfig) -> str:
