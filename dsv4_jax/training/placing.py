@@ -24,18 +24,27 @@ def make_shards(text: str) -> Shards:
         ValueError: an axis that a training step cannot split over, or devices that do not fit.
     """
     shape = MeshShape.parse(text) if text else MeshShape()
-    refused = [axis for axis, size in shape.sizes().items() if size > 1 and axis not in BATCH]
-    if refused:
-        raise ValueError(
-            f"mesh {text}: a training step splits over {', '.join(BATCH)}; "
-            f"{', '.join(refused)} is for inference"
-        )
+    check_axes(shape)
     if shape.num_devices == 1 and jax.process_count() == 1:
         return SINGLE
     devices = jax.devices()
     if jax.process_count() == 1:
         devices = devices[: shape.num_devices]
     return Shards(make_mesh(shape, devices), TRAIN)
+
+
+def check_axes(shape: MeshShape) -> None:
+    """Whether a training step can use the axes of a mesh.
+
+    Raises:
+        ValueError: it cannot split over one of them.
+    """
+    refused = [axis for axis, size in shape.sizes().items() if size > 1 and axis not in BATCH]
+    if refused:
+        raise ValueError(
+            f"mesh {shape}: a training step splits over {', '.join(BATCH)}; "
+            f"{', '.join(refused)} is for inference"
+        )
 
 
 def row_spec(shards: Shards) -> PartitionSpec:
