@@ -77,10 +77,10 @@ def run(
     cfg = cfg.replace(dense_format=None, expert_format=None)
     shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange)
     check(cfg, shards, sizes.batch)
-    micro = _microbatches(sizes, shards.count("batch"))
+    micro = microbatches(sizes, shards.count("batch"))
     program = Program(cfg, Precision("bfloat16"), remat="group", shards=shards)
     state = state_of(program)
-    weights, slots = (_local_bytes(part) for part in (state.params, state.opt_state))
+    weights, slots = (local_bytes(part) for part in (state.params, state.opt_state))
     chip, tokens = slices.CHIPS[kind], sizes.batch * sizes.length
     work = PASSES * tokens * slices.token_flops(cfg, sizes.length // 2) + muon_flops(cfg)
     floor = {
@@ -109,7 +109,12 @@ def run(
     return report
 
 
-def _microbatches(sizes: TrainSizes, parts: int) -> int:
+def microbatches(sizes: TrainSizes, parts: int) -> int:
+    """Into how many a batch is cut on `parts` devices that share it.
+
+    Raises:
+        ValueError: it does not divide.
+    """
     at_once = parts * sizes.micro_rows
     if sizes.batch % at_once:
         raise ValueError(
@@ -144,7 +149,7 @@ def _step(program: Program, state: TrainState, sizes: TrainSizes, micro: int) ->
     return Compiled(run, state.params, state.opt_state, (batch, knobs), (0, 1))
 
 
-def _local_bytes(tree: Any) -> int:
+def local_bytes(tree: Any) -> int:
     """Of one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.preflight import measure
+from dsv4_jax.training import preflight
 from dsv4_jax.training.loop import Trainer
 from dsv4_jax.training.losses import Weights
-from dsv4_jax.training.optimizer import OptimizerConfig
+from dsv4_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dsv4_jax.training.placing import (
     make_shards,
     named,
@@ -191,6 +193,28 @@ def test_meshes_that_do_not_train(mesh, message):
         make_shards(mesh)
 
 
+def test_preflight_counts_what_muon_computes():
+    """And bytes of one device, of a state that is only described."""
+    params = random_params(CONFIG)
+    rule = make_optimizer(OptimizerConfig(), CONFIG, params)
+    update_rule = jax.make_jaxpr(lambda p: rule.update(p, rule.init(p), p)[0])
+    floats = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    assert preflight.muon_flops(CONFIG) == measure.flops(update_rule(floats).jaxpr)
+    program = Program(CONFIG, shards=make_shards("fsdp=2,expert=4"))
+    state = preflight.state_of(program)
+    experts = state.params["groups"][0][0]["ffn"]["experts"]
+    assert preflight.local_bytes(experts) == 3 * 4 * 32 * 32 * 4 // 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((0, 64, 1), "--batch 0"), ((8, 513, 1), "--context 513"), ((12, 64, 1), "microbatches of 8")],
+)
+def test_preflight_refuses_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        preflight.microbatches(preflight.sizes_of(CONFIG, *sizes), 8)
+
+
 def test_experts_must_divide(tmp_path):
     path = write_config(tmp_path, SPARSE_ONLY, model=ONE_LAYER)
     with pytest.raises(ValueError, match="'experts' of size 4 does not divide into 8 parts"):
@@ -218,6 +242,12 @@ def test_runs_move_between_meshes(tmp_path):
         if not changes:
             assert_same(straight.state, second.state)
         second.close()
+    begun = Trainer(
+        load_run(str(path), [f"start_from={tmp_path / 'straight'}"]), tmp_path / "begun", quiet
+    )
+    assert begun.step == 0
+    assert_same(begun.state.params, straight.state.params)
+    begun.close()
     losses = {
         name: [line["loss"] for line in lines_of(tmp_path / name)]
         for name in ("straight", "same", "other", "one")
