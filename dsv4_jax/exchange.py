@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -111,7 +112,12 @@ def _travelled(
     if rounds == 1:
         out = travel(Tokens(*(part[0] for part in shared)))
     else:
-        out = lax.map(travel, shared).reshape(rounds * step, -1)
+
+        @jax.checkpoint  # a training step keeps the tokens of a round, not the room made for them
+        def one(tokens: Tokens) -> Array:
+            return travel(tokens)
+
+        out = lax.map(one, shared).reshape(rounds * step, -1)
     if rest:
         out = lax.all_gather(out, rest, axis=0, tiled=True)
     return out[:count]

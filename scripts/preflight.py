@@ -2,6 +2,8 @@
 
     python scripts/preflight.py --model v4-pro --topology v6e:8x8 --program decode --batch 256
     python scripts/preflight.py --model v4-flash --topology v6e:2x4 --mesh expert=8 --explain
+    python scripts/preflight.py --model v4-flash --topology v5p:8x8x8 --program train \
+        --mesh fsdp=32,expert=16 --batch 512 --context 4096
 
 Needs the TPU compiler, `pip install 'dsv4_jax[tpu]'`, and no TPU. Answers for one device and one
 step: bytes by kind, HBM bytes moved, FLOPs, bytes sent, the floor and the resource that sets it.
@@ -12,7 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv4_jax.config import ModelConfig
+    from dsv4_jax.preflight.compile import Report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,10 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what = ap.add_argument_group("what runs")
     what.add_argument("--model", required=True, metavar="NAME|FILE", help="preset or config.json")
-    what.add_argument("--program", default="decode", help="decode or prefill; default decode")
-    what.add_argument("--batch", type=int, default=64, metavar="B", help="sequences in all")
-    what.add_argument("--context", type=int, default=8192, metavar="L", help="tokens of room each")
+    what.add_argument("--program", default="decode", help="decode (default), prefill or train")
+    what.add_argument("--batch", type=int, default=64, metavar="B", help="sequences or rows in all")
+    what.add_argument(
+        "--context", type=int, default=8192, metavar="L", help="tokens of room each, or of a row"
+    )
     what.add_argument("--chunk", type=int, default=2048, metavar="T", help="of a prefill step")
+    what.add_argument(
+        "--micro-rows", type=int, default=1, metavar="R", help="that a device trains on at once"
+    )
     where = ap.add_argument_group("where")
     where.add_argument("--topology", required=True, metavar="KIND:AxB", help="such as v6e:2x4")
     where.add_argument("--mesh", metavar="AXIS=N,…", help="default: the best of a few by size")
@@ -46,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from dsv4_jax.preflight import command
 
     cfg = command.model_config(args.model)
+    if args.program == "train":
+        return train(args, cfg)
     sizes = command.sizes_of(cfg, args.program, args.batch, args.context, args.chunk)
     shape = command.mesh_shape(args.mesh)
     if args.explain or args.estimate:
@@ -55,15 +70,41 @@ def run(args: argparse.Namespace) -> int:
     if reason := aot.skip_reason():
         raise ValueError(f"{reason} (--estimate and --explain work without)")
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     where = (args.topology, args.program, sizes, shape, args.exchange)
     report = command.compile_one(args.model, cfg, *where, say)
+    return answer(args, report, lambda: command.advice(cfg, report, sizes))
+
+
+def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
+    from dsv4_jax.preflight import command
+    from dsv4_jax.training import preflight
+    from dsv4_jax.training.placing import check_axes
+    from pallas_kernels import aot
+
+    if args.explain or args.estimate:
+        raise ValueError("--explain and --estimate know decode and prefill")
+    sizes = preflight.sizes_of(cfg, args.batch, args.context, args.micro_rows)
+    shape = command.mesh_shape(args.mesh)
+    if shape is None:
+        raise ValueError("--program train needs --mesh")
+    check_axes(shape)
+    if reason := aot.skip_reason():
+        raise ValueError(reason)
+    report = preflight.run(args.model, cfg, args.topology, sizes, shape, args.exchange, say)
+    return answer(args, report, lambda: command.text(report))
+
+
+def answer(args: argparse.Namespace, report: Report, as_text: Callable[[], str]) -> int:
+    from dsv4_jax.preflight import command
+
     if args.html:
         Path(args.html).write_text(command.page([report]), encoding="utf-8")
-    print(json.dumps(report.to_json()) if args.json else command.advice(cfg, report, sizes))
+    print(json.dumps(report.to_json()) if args.json else as_text())
     return 0 if report.fits else 1
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

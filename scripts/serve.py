@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     use_cpu_if_alone()
     try:
         if args.coordinator or args.hosts or args.host_index is not None:
-            from dsv4_jax.serving.hosts import join
+            from sharding.processes import join
 
             if not args.checkpoint:
                 raise ValueError("several hosts need --checkpoint: the demo is for one")

@@ -2,6 +2,8 @@
 
 python scripts/train.py --config tiny --run-dir runs/tiny data.train=runs/tiny-data
 python scripts/train.py --config my_run.py --run-dir runs/mine schedule.lr=1e-3 seed=1
+python scripts/train.py --config my_run.py --run-dir runs/mine --mesh fsdp=4,expert=2
+python scripts/train.py --config my_run.py … --mesh fsdp=8,expert=16 --coordinator auto    per host
 """
 
 from __future__ import annotations
@@ -17,6 +19,19 @@ def parser() -> argparse.ArgumentParser:
     ap.add_argument("--config", required=True, metavar="NAME|FILE", help="see training/configs")
     ap.add_argument("--run-dir", metavar="DIR", help="default: runs/<name of the run>")
     ap.add_argument("--until", type=int, metavar="STEP", help="stop there; default: the end")
+    ap.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="devices that share a step: of data, fsdp and expert; the same as mesh=AXIS=N,…",
+    )
+    ap.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT|auto",
+        help="address of host 0; start the same command on every host, with a run directory that "
+        "all of them see; auto: ask the environment (TPU pods, Slurm)",
+    )
+    ap.add_argument("--hosts", type=int, metavar="N", help="how many there are")
+    ap.add_argument("--host-index", type=int, metavar="I", help="which one this is")
     ap.add_argument("--show", action="store_true", help="print the plan and stop")
     ap.add_argument("changes", nargs="*", metavar="key=value", help="e.g. schedule.lr=1e-3")
     return ap
@@ -42,10 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     from dsv4_jax.training.run import load_run
 
     try:
-        run = load_run(args.config, args.changes)
+        mesh = [f"mesh={args.mesh}"] if args.mesh else []
+        run = load_run(args.config, [*args.changes, *mesh])
         if args.show:
             show(run)
             return 0
+        import jax
+
+        from sharding.processes import join
+
+        join(args.coordinator, args.hosts, args.host_index)
         from dsv4_jax.training.loop import Trainer
 
         trainer = Trainer(run, args.run_dir or f"runs/{run.name}")
@@ -54,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    print("complete" if complete else f"at step {trainer.step} of {trainer.plan.steps}")
+    if jax.process_index() == 0:
+        print("complete" if complete else f"at step {trainer.step} of {trainer.plan.steps}")
     return 0
 
 

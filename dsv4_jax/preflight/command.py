@@ -24,6 +24,7 @@ __all__ = [
     "model_config",
     "page",
     "sizes_of",
+    "text",
 ]
 
 

@@ -26,6 +26,7 @@ from sharding.shards import Shards
 class Report:
     """What the compiler said of one program. Bytes, FLOPs and seconds are of one device and step.
 
+    cache: of a train step, the optimizer's slots.
     floor: seconds that each resource needs at least, whatever the program (`slices.estimate`).
     sent: bytes by kind of collective; formula: the same by purpose, from sizes alone.
     moved: bytes across HBM by kind of operation; flops: of products and kernels. Both are what the
@@ -127,7 +128,7 @@ def run(
         report.reason = "weights and caches alone exceed the memory of a device"
         return report
     say(f"compiling for {len(devices)} devices")
-    _compile(report, PROGRAMS[program].build(cfg, sizes, shards), shards, kind)
+    measure_program(report, PROGRAMS[program].build(cfg, sizes, shards), shards, kind)
     return report
 
 
@@ -141,7 +142,8 @@ def _best(cfg: ModelConfig, kind: str, topology: str, program: str, sizes: Sizes
     return found[0].mesh
 
 
-def _compile(report: Report, program: Program, shards: Shards, kind: str) -> None:
+def measure_program(report: Report, program: Program, shards: Shards, kind: str) -> None:
+    """Compiles and fills in what the compiler says; a refusal becomes the report's reason."""
     assert isinstance(shards.mesh, Mesh)
     began = time.monotonic()
     with jax.set_mesh(shards.mesh):  # lets Pallas see the kind of TPU

@@ -18,7 +18,7 @@ def parts_of(report: Report) -> dict[str, int]:
     """Bytes of HBM by kind."""
     return {
         "weights": report.weights,
-        "cache": report.cache,
+        "optimizer slots" if report.program == "train" else "cache": report.cache,
         "padding and other arguments": report.other_arguments,
         "temporaries and results": report.temporaries,
         "code": report.code,
@@ -42,8 +42,9 @@ def text(report: Report) -> str:
         lines.append(f"  {sum(report.moved.values()) / 1e9:.3f} GB moved across HBM")
         for kind, size in sorted(report.sent.items()):
             lines.append(f"  {kind:<28} {size / 1e6:10.3f} MB sent")
-        formula = sum(report.formula.values())
-        lines.append(f"  {'by the formula':<28} {formula / 1e6:10.3f} MB sent")
+        if report.formula:
+            formula = sum(report.formula.values())
+            lines.append(f"  {'by the formula':<28} {formula / 1e6:10.3f} MB sent")
     if report.floor:
         lines += ["", "floor, ms:"]
         for name, seconds in report.floor.items():

@@ -1,4 +1,4 @@
-"""Several processes of one job: how they find each other, and the line between them.
+"""Several processes of one job: the line between them.
 
 All run the same command. The first owns HTTP and scheduling and tells the others what to compute
 (`engine.mirror`).
@@ -10,51 +10,17 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv4_jax.serving.engine.mirror import ProcessLost
+from sharding.processes import AUTO
 
-AUTO = "auto"
 CONNECT_TIMEOUT_S = 300.0
 TOKEN_BYTES, ADDRESS_BYTES, LENGTH_BYTES = 16, 256, 8
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-def join(coordinator: str | None, hosts: int | None, index: int | None) -> None:
-    """Makes this process part of a job; call it before JAX is used. None: it is alone.
-
-    coordinator: address of the first process, "HOST:PORT", or "auto" where the environment says
-    who takes part (TPU pods, Slurm, Kubernetes).
-
-    Raises:
-        ValueError: settings that contradict each other, or a job that does not come together.
-    """
-    if coordinator is None:
-        if hosts is not None or index is not None:
-            raise ValueError("--hosts and --host-index need --coordinator")
-        return
-    if coordinator == AUTO:
-        if hosts is not None or index is not None:
-            raise ValueError("--coordinator auto finds --hosts and --host-index itself")
-        args: dict[str, Any] = {}
-    else:
-        if hosts is None or index is None:
-            raise ValueError("--coordinator HOST:PORT needs --hosts and --host-index")
-        if index >= hosts:
-            raise ValueError(f"--host-index {index} must be less than --hosts {hosts}")
-        args = {
-            "coordinator_address": coordinator,
-            "num_processes": hosts,
-            "process_id": index,
-        }
-    try:
-        jax.distributed.initialize(**args)
-    except RuntimeError as error:
-        raise ValueError(f"--coordinator {coordinator}: {str(error).splitlines()[0]}") from error
 
 
 def connect(coordinator: str | None) -> Leader | Follower | None:

@@ -82,7 +82,7 @@ def served_scorer(cfg: ModelConfig, num: Numerics, length: int) -> Callable[[Any
 def batches(rows: Rows, count: int, size: int) -> Iterator[Batch]:
     """The first `count` rows, `size` at a time (the last batch may repeat some of the first)."""
     for first in range(0, count, size):
-        yield Batch(*map(jnp.asarray, rows.batch(first, size)))
+        yield Batch(*map(jnp.asarray, rows.batch(first, range(size))))
 
 
 def evaluate(

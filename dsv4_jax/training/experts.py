@@ -10,9 +10,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.exchange import Tokens, exchange
 from dsv4_jax.numerics import linear_f32
 from dsv4_jax.training.batch import Batch
-from dsv4_jax.training.grouped import from_slots, grouped_linear, plan_rows, to_slots
+from dsv4_jax.training.grouped import Plan, from_slots, grouped_linear, plan_rows, to_slots
 from dsv4_jax.training.precision import Precision, dense, round_activations
 from dsv4_jax.training.program import Program
 
@@ -47,8 +48,7 @@ def moe(
     experts_UA = choose(w["gate"], scores_UE, batch.tokens_BT.reshape(-1), cfg, given_UA)
     weights_UA = jnp.take_along_axis(scores_UE, experts_UA, axis=-1)
     weights_UA = weights_UA / (weights_UA.sum(axis=-1, keepdims=True) + 1e-20) * cfg.routed_scale
-    plan = plan_rows(experts_UA, real_U, cfg.num_experts)
-    routed_UD = _routed(w["experts"], x_UD, weights_UA, plan, cfg, program.precision)
+    routed_UD = _routed(w["experts"], Tokens(x_UD, experts_UA, weights_UA, real_U), program)
     hidden_UF = _gated(
         dense(x_UD, w["shared"]["w1"], program.precision),
         dense(x_UD, w["shared"]["w3"], program.precision),
@@ -59,7 +59,7 @@ def moe(
     balance = jnp.zeros((), jnp.float32)
     if "bias" in w["gate"]:
         balance = balance_loss(scores_UE, batch, cfg)
-    terms = RouterTerms(plan.count_E, balance, experts_UA)
+    terms = RouterTerms(_counts(experts_UA, real_U, cfg.num_experts), balance, experts_UA)
     return out_UD.reshape(x_BTD.shape), terms
 
 
@@ -95,15 +95,32 @@ def _gated(gate: Array, up: Array, cfg: ModelConfig) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def _routed(
+def _counts(experts_UA: Array, real_U: Array, num_experts: int) -> Array:
+    """Rows that real tokens send to every expert, int32 `[E]`."""
+    owner_Y = jnp.where(real_U[:, None], experts_UA, num_experts).reshape(-1)
+    return (owner_Y[:, None] == jnp.arange(num_experts)[None]).sum(axis=0, dtype=jnp.int32)
+
+
+def _routed(w: dict[str, Array], tokens: Tokens, program: Program) -> Array:
+    """Σ over each token's experts, wherever they live: float32 `[U, D]`."""
+    local_experts = w["w1"].shape[0]
+
+    def run(x_UD: Array, experts_UA: Array, weights_UA: Array, real_U: Array) -> Array:
+        plan = plan_rows(experts_UA, real_U, local_experts)
+        return _local_sum(w, x_UD, weights_UA, plan, program.cfg, program.precision)
+
+    return exchange(tokens, local_experts, run, program.num, program.shards)
+
+
+def _local_sum(
     w: dict[str, Array],
     x_UD: Array,
     weights_UA: Array,
-    plan: Any,
+    plan: Plan,
     cfg: ModelConfig,
     precision: Precision,
 ) -> Array:
-    """Σ over each token's experts, in index order, float32 `[U, D]`."""
+    """Σ over those of each token's experts that are here, in index order, float32 `[U, D]`."""
     num = precision.num
     tokens, per_token = weights_UA.shape
     repeated = jnp.broadcast_to(x_UD[:, None], (tokens, per_token, cfg.dim))

@@ -12,6 +12,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.mhc import HyperHead
 from dsv4_jax.model import is_scanned
 from dsv4_jax.norm import rms_norm
+from dsv4_jax.params import block_specs, mtp_specs
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import Group, LayerKind, layer_groups
 from dsv4_jax.training.attention import Layout, attention
@@ -19,6 +20,7 @@ from dsv4_jax.training.batch import Batch, ahead
 from dsv4_jax.training.experts import RouterTerms, moe
 from dsv4_jax.training.hyper import feed, spread
 from dsv4_jax.training.index_loss import IndexTerms
+from dsv4_jax.training.joined import join
 from dsv4_jax.training.precision import dense
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.windows import find_windows
@@ -48,6 +50,7 @@ class Hidden(NamedTuple):
 def forward(program: Program, params: Params, batch: Batch, routes: Any = None) -> Hidden:
     """Hidden states and terms of a packed batch.
 
+    params: of one device's part on a mesh, but for `top`, which is joined already.
     routes: expert indices to use, shaped like `terms[g][i].router.experts_UA`; None: each layer
     chooses. The MTP block always chooses for itself.
     """
@@ -90,6 +93,7 @@ def _run_group(
     def pattern(h_BTMD: Array, xs: tuple[list[Params], list[Array | None]]):
         terms = []
         for kind, layer, route in zip(group.kinds, *xs, strict=True):
+            layer = join(program, block_specs(program.cfg, *kind), layer)
             h_BTMD, found = block(program, kind, layer, h_BTMD, layout, route)
             terms.append(found)
         return h_BTMD, terms
@@ -122,14 +126,21 @@ def block(
 def _mtp(
     program: Program, params: Params, h_BTMD: Array, layout: Layout
 ) -> tuple[Array, LayerTerms]:
-    """The MTP block: streams of token t and the embedding of token t + 1, at position t."""
-    cfg, num, w = program.cfg, program.num, params["mtp"][0]
-    next_BT = ahead(layout.batch.tokens_BT, 1)
+    """The MTP block: streams of token t and the embedding of token t + 1, at position t.
+
+    A document's last token has no next one: here it is padding, so that the embedding of its
+    neighbour is not routed, counted or balanced.
+    """
+    cfg, num, batch = program.cfg, program.num, layout.batch
+    w = join(program, mtp_specs(cfg), params["mtp"][0])
+    next_BT = ahead(batch.tokens_BT, 1)
+    inside_BT = ahead(batch.segment_BT, 1) == batch.segment_BT
+    inner = batch._replace(segment_BT=jnp.where(inside_BT, batch.segment_BT, 0))
     e_BTD = rms_norm(num.cast(params["top"]["embed"][next_BT]), w["enorm"], cfg.norm_eps, num)
     e_BTD = dense(e_BTD, w["e_proj"], program.precision)
     s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
     s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)
     x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
-    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout)
+    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout._replace(batch=inner))
     y_BTD: Any = HyperHead(cfg, num).apply({"params": w["hc_head"]}, x_BTMD)
     return rms_norm(y_BTD, w["norm"], cfg.norm_eps, num), terms

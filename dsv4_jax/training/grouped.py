@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
     entry_S: row in a slot (Y: none). slot_Y: slot of a row (S: none, for padding tokens).
     expert_t: expert of every tile. tiles: how many are in use. rows_E: slots of every expert,
-    padding included. count_E: real rows of every expert, int32.
+    padding included.
     """
 
     entry_S: Array
@@ -31,11 +31,13 @@ class Plan(NamedTuple):
     expert_t: Array
     tiles: Array
     rows_E: Array
-    count_E: Array
 
 
 def plan_rows(experts_UA: Array, real_U: Array, num_experts: int) -> Plan:
-    """Sorts routed rows by expert, stably; rows of padding tokens go nowhere."""
+    """Sorts routed rows by expert, stably; rows of padding tokens go nowhere.
+
+    Nor do those of `num_experts`, which stands for experts of other devices.
+    """
     rows = experts_UA.size
     tile = tile_size(rows, num_experts)
     tiles = min(rows, -(-rows // tile) + num_experts)
@@ -59,7 +61,7 @@ def plan_rows(experts_UA: Array, real_U: Array, num_experts: int) -> Plan:
     safe_Y = jnp.minimum(owner_Y, num_experts - 1)
     slot_Y = first_slot_E[safe_Y] + rank_Y - first_row_E[safe_Y]
     slot_Y = jnp.where(owner_Y < num_experts, slot_Y, tiles * tile).astype(jnp.int32)
-    return Plan(entry_S, slot_Y, expert_t, last_tile_E[-1], tiles_E * tile, count_E)
+    return Plan(entry_S, slot_Y, expert_t, last_tile_E[-1], tiles_E * tile)
 
 
 def tile_size(rows: int, num_experts: int) -> int:

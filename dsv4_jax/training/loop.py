@@ -6,27 +6,33 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.checkpoint import Checkpoints
 from dsv4_jax.training.data.source import Prefetch, Rows
 from dsv4_jax.training.guard import Guard
 from dsv4_jax.training.init import init_params
-from dsv4_jax.training.metrics import Reporter
+from dsv4_jax.training.metrics import Reporter, Silence
+from dsv4_jax.training.placing import (
+    make_shards,
+    place_rows,
+    placed_routes,
+    placed_shapes,
+    rows_here,
+)
 from dsv4_jax.training.restore import MODEL_FILE, newest_params
 from dsv4_jax.training.run import RunConfig
 from dsv4_jax.training.schedules import Moment
-from dsv4_jax.training.step import DATA_AXIS, Knobs, TrainState, init_state, make_step, routing_pass
+from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step, routing_pass
 
 
 class Trainer:
@@ -39,7 +45,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, run_dir: str | Path, out: TextIO | None = None) -> None:
         self.run, self.dir, self.plan = run, Path(run_dir), run.plan()
-        self.mesh = _mesh(run.devices)
+        self.shards = make_shards(run.mesh)
         self._check_batches()
         self.rows = self._open_data()
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,9 @@ class Trainer:
         self.guard = Guard(run.guard)
         self.pending: dict[int, Any] = {}  # step: experts chosen for it by earlier parameters
         self.state, self.step = self._begin()
-        self.reporter = Reporter(self.dir, self.step, run.log_every, out)
+        self.reporter: Reporter | Silence = Silence()
+        if jax.process_index() == 0:
+            self.reporter = Reporter(self.dir, self.step, run.log_every, out)
         self._prefetch, self._stopping = Prefetch(), False
         self._steps = lru_cache(maxsize=None)(self._make_step)
         self._routers = lru_cache(maxsize=None)(self._make_router)
@@ -56,13 +64,15 @@ class Trainer:
     def train(self, until: int | None = None) -> bool:
         """Runs to step `until`, or the end; returns whether the run is complete.
 
-        SIGTERM (and the first Ctrl-C) saves after the current step and returns early.
+        SIGTERM (and the first Ctrl-C) saves after the current step and returns early; of several
+        processes, it is enough that one is told.
         """
         last = self.plan.steps if until is None else min(until, self.plan.steps)
         borders = set(self.plan.borders())
         with self._signals():
             while self.step < last and not self._stopping:
                 self._advance()
+                self._stopping = _any_process(self._stopping)
                 due = self.step % self.run.checkpoint_every == 0 or self.step in borders
                 if due or self.step == last or self._stopping:
                     self._save()
@@ -84,9 +94,9 @@ class Trainer:
         batch = self._batch(moment, prefetch=True)
         loss_limit, norm_limit = self.guard.limits()
         rates = (moment.lr, moment.mtp, moment.balance, moment.indexer, moment.bias_speed)
-        knobs = Knobs(*(jnp.float32(x) for x in (*rates, loss_limit, norm_limit)))
-        step = self._steps(moment.stage.phase)
-        self.state, found = step(self.state, batch, knobs, self.pending.pop(self.step, None))
+        numbers: list[Any] = [np.float32(x) for x in (*rates, loss_limit, norm_limit)]
+        step, routes = self._steps(moment.stage.phase), self.pending.pop(self.step, None)
+        self.state, found = step(self.state, batch, Knobs(*numbers), routes)
         values = {k: float(v) for k, v in zip(found._fields, jax.device_get(found), strict=True)}
         tokens = moment.stage.rows * moment.stage.phase.seq_len
         line = {"step": self.step, "phase": moment.stage.phase.name, "tokens": moment.tokens}
@@ -126,24 +136,24 @@ class Trainer:
         self.pending[target] = self._routers(moment.stage.phase)(self.state.params, batch)
 
     def _make_step(self, phase: Any) -> Any:
-        return make_step(self.run.program(phase), self.run.optimizer, phase.learn, self.mesh)
+        program = self.run.program(phase, self.shards)
+        return make_step(program, self.run.optimizer, phase.learn)
 
     def _make_router(self, phase: Any) -> Any:
-        program = self.run.program(phase)
+        program = self.run.program(phase, self.shards)
         return jax.jit(lambda params, batch: routing_pass(program, params, batch))
 
     def _batch(self, moment: Moment, prefetch: bool = False) -> Batch:
         """The batch of a moment on its devices: `[microbatches, B, T]`."""
-        stage, hosts = moment.stage, jax.process_count()
+        stage, first = moment.stage, moment.first_row
         rows = self.rows[stage.phase.data, stage.phase.seq_len]
-        where = (moment.first_row, stage.rows, jax.process_index(), hosts)
-        found = self._prefetch.get(rows, *where) if prefetch else rows.batch(*where)
-        micro = self.run.microbatches(stage.rows, self.run.devices)
-        fields = found.reshape(4, micro, -1, stage.phase.seq_len)
-        if self.mesh is None:
-            return Batch(*map(jnp.asarray, fields))
-        spec = NamedSharding(self.mesh, PartitionSpec(None, DATA_AXIS))
-        return Batch(*(jax.make_array_from_process_local_data(spec, f) for f in fields))
+        micro = self.run.microbatches(stage.rows, self.shards.count("batch"))
+        which = rows_here(self.shards, micro, stage.rows)
+        if prefetch:
+            found = self._prefetch.get(rows, first, stage.rows, which.tolist())
+        else:
+            found = rows.batch(first, which)
+        return place_rows(self.shards, micro, stage.rows, found)
 
     def _begin(self) -> tuple[TrainState, int]:
         """The newest checkpoint's state, or a new one."""
@@ -152,37 +162,34 @@ class Trainer:
             self.state = self._like()
             self._restore(step)
             return self.state, self.step
-        (self.dir / MODEL_FILE).write_text(json.dumps(self.run.model.to_hf(), indent=2))
-        (self.dir / "run.txt").write_text(f"{self.run!r}\n")
-        if self.run.start_from:
-            params = newest_params(self.run.start_from, self.run.model, self.run.scan)
-        else:
-            key = jax.random.key(self.run.seed)
-            params = init_params(self.run.model, self.run.init, key, self.run.scan)
-        return self._placed(init_state(self._first_program(), self.run.optimizer, params)), 0
+        if jax.process_index() == 0:
+            (self.dir / MODEL_FILE).write_text(json.dumps(self.run.model.to_hf(), indent=2))
+            (self.dir / "run.txt").write_text(f"{self.run!r}\n")
+        return self._new_state(), 0
 
-    def _first_program(self) -> Any:
-        return self.run.program(self.run.phases[0])
+    def _new_state(self) -> TrainState:
+        """Random parameters or those of another run, and empty slots; made where they will lie."""
+        run, args = self.run, ()
+        make: Callable[..., TrainState] = self._random_state
+        if run.start_from:
+            make = self._with_slots
+            args = (newest_params(run.start_from, run.model, run.scan, self.shards),)
+        if self.shards.mesh is None:
+            return make(*args)
+        where = jax.tree.map(lambda shape: shape.sharding, self._like())
+        return jax.jit(make, out_shardings=where)(*args)
+
+    def _random_state(self) -> TrainState:
+        key = jax.random.key(self.run.seed)
+        return self._with_slots(init_params(self.run.model, self.run.init, key, self.run.scan))
+
+    def _with_slots(self, params: Any) -> TrainState:
+        return init_state(self.run.program(self.run.phases[0]), self.run.optimizer, params)
 
     def _like(self) -> TrainState:
         """Shapes of the state where it lies."""
-
-        def make() -> TrainState:
-            key = jax.random.key(0)
-            params = init_params(self.run.model, self.run.init, key, self.run.scan)
-            return init_state(self._first_program(), self.run.optimizer, params)
-
-        shapes = jax.eval_shape(make)
-        spec = NamedSharding(self.mesh, PartitionSpec()) if self.mesh is not None else None
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec or device), shapes
-        )
-
-    def _placed(self, state: TrainState) -> TrainState:
-        if self.mesh is None:
-            return state
-        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        shapes = jax.eval_shape(self._random_state)
+        return placed_shapes(self.run.model, shapes, self.shards, self.run.scan)
 
     def _save(self) -> None:
         meta = {
@@ -213,6 +220,7 @@ class Trainer:
         program = self.run.program(moment.stage.phase)
         batch = self._batch(moment)
         like = jax.eval_shape(lambda p, b: routing_pass(program, p, b), self.state.params, batch)
+        like = placed_routes(self.shards, like)
         found = self.checkpoints.restore_routes(step, {str(s): like for s in wanted})
         return {s: found[str(s)] for s in wanted}
 
@@ -226,7 +234,7 @@ class Trainer:
 
     def _check_batches(self) -> None:
         for stage in self.plan.stages:
-            self.run.microbatches(stage.rows, self.run.devices)
+            self.run.microbatches(stage.rows, self.shards.count("batch"))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -247,6 +255,13 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+def _any_process(flag: bool) -> bool:
+    """Whether `flag` holds in any process: all must stop after the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
 def identity(run: RunConfig) -> str:
     """What must not change between a checkpoint and its continuation, as a checksum."""
     parts = (run.model, run.optimizer, run.seed, run.scan)
@@ -255,21 +270,3 @@ def identity(run: RunConfig) -> str:
 
 def _norm(values: dict[str, Any]) -> float:
     return float(np.hypot(values["grad_norm"], values["index_norm"]))
-
-
-def _mesh(devices: int) -> Mesh | None:
-    """A mesh of this many devices, or None for one.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if devices < 2:
-        return None
-    if len(jax.devices()) < devices:
-        raise ValueError(f"devices={devices} but only {len(jax.devices())} are there")
-    return jax.make_mesh(
-        (devices,),
-        (DATA_AXIS,),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )

@@ -13,6 +13,7 @@ from dsv4_jax.training.batch import Batch, ahead, target_mask
 from dsv4_jax.training.cross_entropy import cross_entropy
 from dsv4_jax.training.forward import Hidden, LayerTerms, forward
 from dsv4_jax.training.index_loss import IndexTerms
+from dsv4_jax.training.joined import join_top
 from dsv4_jax.training.program import Program
 
 
@@ -77,6 +78,7 @@ def objective(
     routes: Any = None,
 ) -> tuple[Array, Aux]:
     """The scalar to differentiate with respect to `params`, for one microbatch."""
+    params = join_top(program, params)
     hidden = forward(program, params, batch, routes)
     terms = [t for group in hidden.terms for t in group]
     if hidden.mtp_terms is not None:

@@ -80,6 +80,19 @@ class Reporter:
         self._lines += 1
 
 
+class Silence:
+    """The reporter of all processes but the first."""
+
+    def rewind(self, step: int) -> None:
+        """Does nothing, as everything here."""
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else str(value)

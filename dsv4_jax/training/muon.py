@@ -7,6 +7,8 @@ times a constant: the update's root mean square is 0.18 for every shape.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from dsv4_jax.training.partition import View, is_view, join, split
+from dsv4_jax.training.partition import View, join, split
 
 FAST, STABLE = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (STABLE,) * 2
@@ -92,13 +94,20 @@ def _in_chunks(x_nrq: Array, dtype: Any) -> Array:
 
 
 def scale_by_muon(
-    views: Any, momentum: float = 0.95, nesterov: bool = True, dtype: Any = jnp.float32
+    views: Any,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    dtype: Any = jnp.float32,
+    factor: Callable[[list[Array], list[Any]], list[Array]] | None = None,
 ) -> optax.GradientTransformation:
     """The direction of Muon, to be scaled by the learning rate.
 
     views: tree of `View` like the parameters; leaves of other groups must be masked out
     (`optax.MaskedNode`), as `optax.partition` does.
+    factor: what is done with all leaves and their entries of `views`, which may then be any kind of
+    leaf; None: `orthogonalise_tree`.
     """
+    factor = factor or partial(orthogonalise_tree, dtype=dtype)
 
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
@@ -109,8 +118,7 @@ def scale_by_muon(
         ahead = jax.tree.map(lambda m, g: momentum * m + g, mass, grads) if nesterov else mass
         leaves, treedef = jax.tree.flatten(ahead)
         found = treedef.flatten_up_to(_masked_like(views, ahead))
-        done = orthogonalise_tree(leaves, found, dtype)
-        return jax.tree.unflatten(treedef, done), MuonState(mass)
+        return jax.tree.unflatten(treedef, factor(leaves, found)), MuonState(mass)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 
@@ -122,5 +130,5 @@ def _masked_like(views: Any, tree: Any) -> Any:
         lambda node, view: node if masked(node) else view,
         tree,
         views,
-        is_leaf=lambda node: masked(node) or is_view(node),
+        is_leaf=masked,
     )

@@ -11,9 +11,13 @@ import optax
 from jax import Array
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.model import is_scanned
+from dsv4_jax.placement import param_specs
 from dsv4_jax.training.leaves import Place, map_places
 from dsv4_jax.training.muon import scale_by_muon
-from dsv4_jax.training.partition import view, views
+from dsv4_jax.training.owners import orthogonalise_owned
+from dsv4_jax.training.partition import is_view, view, views
+from sharding.shards import SINGLE, Shards
 
 LEARN = ("trunk", "indexer", "all")
 MATRICES = ("muon", "adamw")
@@ -52,13 +56,18 @@ class OptimizerConfig:
 
 
 def make_optimizer(
-    opt: OptimizerConfig, cfg: ModelConfig, params: Any, learn: str = "all"
+    opt: OptimizerConfig,
+    cfg: ModelConfig,
+    params: Any,
+    learn: str = "all",
+    shards: Shards = SINGLE,
 ) -> optax.GradientTransformation:
     """Directions, decay included, to be multiplied by -η.
 
     The state has one structure whatever learns: what is frozen keeps its slots untouched.
 
-    learn: "all", "trunk" (everything but indexers) or "indexer".
+    learn: "all", "trunk" (everything but indexers) or "indexer". shards: the mesh that parameters
+    lie on.
 
     Raises:
         ValueError: `learn` is none of these.
@@ -66,7 +75,7 @@ def make_optimizer(
     if learn not in LEARN:
         raise ValueError(f"learn={learn!r} must be one of {LEARN}")
     decay = optax.add_decayed_weights(opt.decay)
-    muon = scale_by_muon(views(cfg, params), opt.momentum, dtype=jnp.dtype(opt.ns_dtype))
+    muon = _muon(opt, cfg, params, shards)
     adam = optax.scale_by_adam(opt.b1, opt.b2, opt.eps)
     rules = {"muon": optax.chain(muon, decay), "adamw": optax.chain(adam, decay)}
     transforms: dict[Any, Any] = {"none": optax.set_to_zero()}
@@ -82,6 +91,22 @@ def make_optimizer(
         return f"{side} {group if opt.matrices == 'muon' else 'adamw'}"
 
     return optax.partition(transforms, map_places(label, cfg, params))
+
+
+def _muon(
+    opt: OptimizerConfig, cfg: ModelConfig, params: Any, shards: Shards
+) -> optax.GradientTransformation:
+    dtype, how = jnp.dtype(opt.ns_dtype), views(cfg, params)
+    if shards.mesh is None:
+        return scale_by_muon(how, opt.momentum, dtype=dtype)
+    placed = param_specs(cfg, shards, is_scanned(cfg, params))
+    both = jax.tree.map(lambda *pair: pair, how, placed, is_leaf=is_view)
+
+    def owned(leaves: list[Array], found: list[Any]) -> list[Array]:
+        which, where = ([pair[i] for pair in found] for i in (0, 1))
+        return orthogonalise_owned(leaves, which, where, dtype, shards)
+
+    return scale_by_muon(both, opt.momentum, factor=owned)
 
 
 def frozen(rule: optax.GradientTransformation) -> optax.GradientTransformation:

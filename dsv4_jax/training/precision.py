@@ -56,6 +56,10 @@ class Precision:
         if self.dense not in (None, "fp8"):
             raise ValueError(f"precision.dense={self.dense!r} must be None or 'fp8'")
 
+    def format_of(self, role: str) -> str | None:
+        """To which format weights of a role (see `ParamSpec`) are rounded, if at all."""
+        return {"expert": self.experts, "dense": self.dense}.get(role)
+
     @property
     def num(self) -> Numerics:
         """How the model's own functions compute; they never round by themselves here."""
@@ -87,12 +91,11 @@ def fake_weight(fmt: str, weight: Array) -> Array:
 
 def round_weights(params: Any, cfg: Any, precision: Precision) -> Any:
     """Parameters as they will be exported: the values that forward and backward use."""
-    wanted = {"expert": precision.experts, "dense": precision.dense}
-    if not any(wanted.values()):
+    if not (precision.experts or precision.dense):
         return params
 
     def rounded(spec: Any, leaf: Array) -> Array:
-        fmt = wanted.get(spec.role)
+        fmt = precision.format_of(spec.role)
         return straight_through(partial(fake_weight, fmt), leaf) if fmt else leaf
 
     return map_leaves(rounded, cfg, params)

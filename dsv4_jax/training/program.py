@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.training.precision import Precision
+from sharding.shards import SINGLE, Shards
 
 REMAT = ("none", "group")
 ROUTES = ("live", "given")
@@ -23,6 +24,7 @@ class Program:
     random_index: selections disregard what indexers found (to see what hangs on them).
     remat: "group": the backward pass recomputes each layer group from its input; "none": it keeps
         everything.
+    shards: the mesh that a step runs on. Inside it, functions see one device's part of everything.
 
     Raises:
         ValueError: an unknown choice, or choices that contradict each other.
@@ -36,6 +38,7 @@ class Program:
     mtp: bool = True
     random_index: bool = False
     remat: str = "none"
+    shards: Shards = SINGLE
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:

@@ -19,6 +19,8 @@ from dsv4_jax.quant import quantize_weight
 from dsv4_jax.schedule import layer_groups
 from dsv4_jax.training.checkpoint import FOLDER
 from dsv4_jax.training.init import InitConfig, init_params
+from dsv4_jax.training.placing import placed_shapes
+from sharding.shards import SINGLE, Shards
 
 MODEL_FILE = "model.json"
 
@@ -36,8 +38,12 @@ def model_of(run_dir: str | Path) -> ModelConfig:
     return cfg.replace(dense_format=None, expert_format=None)
 
 
-def newest_params(run_dir: str | Path, cfg: ModelConfig, scan: bool | None = None) -> Params:
+def newest_params(
+    run_dir: str | Path, cfg: ModelConfig, scan: bool | None = None, shards: Shards = SINGLE
+) -> Params:
     """Parameters of a run's newest checkpoint, float32 and grouped; `scan` None: as they are.
+
+    shards: where they are to lie, whatever the run's own mesh was.
 
     Raises:
         ValueError: the run has no checkpoint, or it was grouped otherwise.
@@ -57,10 +63,7 @@ def newest_params(run_dir: str | Path, cfg: ModelConfig, scan: bool | None = Non
             raise ValueError(f"{run_dir} was trained with scan={meta['scan']}: use the same")
         key = jax.random.key(0)
         shapes = jax.eval_shape(lambda: init_params(cfg, InitConfig(), key, meta["scan"]))
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes
-        )
+        like = placed_shapes(cfg, shapes, shards, meta["scan"])
         restore = ocp.args.PyTreeRestore(
             item={"params": like},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),

@@ -18,6 +18,7 @@ from dsv4_jax.training.optimizer import OptimizerConfig
 from dsv4_jax.training.precision import Precision
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.schedules import Phase, Plan, Schedule
+from sharding.shards import SINGLE, Shards
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -30,8 +31,8 @@ class RunConfig:
     precision: of phases as a rule; qat: of phases with `quantise`.
     micro_rows: rows that one device differentiates at once; batches are cut into as many
         microbatches as needed.
-    devices: how many share a batch; 0: all there are. scan: stack repeating layers (smaller
-        programs; on CPU unrolled ones run faster). remat: see `Program`.
+    mesh: devices by axis that share a step, such as "fsdp=4,expert=2"; "": one. scan: stack
+        repeating layers (smaller programs; on CPU unrolled ones run faster). remat: see `Program`.
     checkpoint_every: steps between checkpoints, besides those at phase borders and the end.
     keep: newest checkpoints that are kept. log_every: steps between lines on the console.
     start_from: a run's directory whose newest parameters begin this one, instead of random ones.
@@ -51,7 +52,7 @@ class RunConfig:
     init: InitConfig = InitConfig()
     guard: GuardConfig = GuardConfig()
     micro_rows: int = 1 << 30
-    devices: int = 1
+    mesh: str = ""
     scan: bool = True
     remat: str = "none"
     seed: int = 0
@@ -82,8 +83,8 @@ class RunConfig:
     def plan(self) -> Plan:
         return Plan(self.phases, self.schedule)
 
-    def program(self, phase: Phase) -> Program:
-        """The program of a phase."""
+    def program(self, phase: Phase, shards: Shards = SINGLE) -> Program:
+        """The program of a phase, of one device or on a mesh."""
         return Program(
             self.model,
             self.qat if phase.quantise else self.precision,
@@ -92,6 +93,7 @@ class RunConfig:
             index_only=phase.learn == "indexer",
             mtp=self.model.num_mtp_layers > 0 and phase.learn != "indexer",
             remat=self.remat,
+            shards=shards,
         )
 
     def microbatches(self, rows: int, devices: int) -> int:

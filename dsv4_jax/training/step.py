@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,14 +13,19 @@ from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.model import is_scanned
+from dsv4_jax.placement import param_specs
 from dsv4_jax.training.balance import load_ratio, move_biases
 from dsv4_jax.training.batch import Batch
-from dsv4_jax.training.losses import Aux, Weights, count, objective
+from dsv4_jax.training.forward import forward
+from dsv4_jax.training.joined import join_top
+from dsv4_jax.training.losses import Aux, Counts, Weights, count, objective
 from dsv4_jax.training.optimizer import OptimizerConfig, clip, make_optimizer
+from dsv4_jax.training.placing import route_spec, row_spec, state_shardings
 from dsv4_jax.training.precision import round_weights
 from dsv4_jax.training.program import Program
-
-DATA_AXIS = "data"
+from sharding.rules import entry_axes
+from sharding.shards import SINGLE
 
 
 @struct.dataclass
@@ -81,19 +87,23 @@ def gradients(
     gives the same sum. Routing state gets zeros.
     """
     counts = jax.tree.map(lambda a: a.sum(), jax.vmap(count)(batch))
-    return _accumulate(program, weights, counts, params, batch, routes)
+    find = _accumulate if program.shards.mesh is None else _over_mesh
+    return find(program, weights, counts, params, batch, routes)
 
 
 def _accumulate(
-    program: Program, weights: Weights, counts: Any, params: Any, batch: Batch, routes: Any
+    program: Program, weights: Weights, counts: Counts, params: Any, batch: Batch, routes: Any
 ) -> tuple[Any, Aux]:
+    """Of one device: the gradient of its rows' share, with respect to the weights it holds."""
     leaves, treedef = jax.tree.flatten(params)
     moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
     def loss(floats: list[Array], micro: Batch, route: Any) -> tuple[Array, Aux]:
         rest = iter(floats)
         full = [next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
-        tree = round_weights(jax.tree.unflatten(treedef, full), program.cfg, program.precision)
+        tree = jax.tree.unflatten(treedef, full)
+        if program.shards.mesh is None:  # on a mesh they are rounded when they have been joined
+            tree = round_weights(tree, program.cfg, program.precision)
         return objective(program, weights, counts, tree, micro, route)
 
     floats = [leaf for m, leaf in zip(moves, leaves, strict=True) if m]
@@ -117,30 +127,37 @@ def _accumulate(
     return jax.tree.unflatten(treedef, grads), aux._replace(routes=chosen)
 
 
-def sharded_gradients(
-    mesh: Mesh, program: Program, weights: Weights, params: Any, batch: Batch, routes: Any = None
+def _over_mesh(
+    program: Program, weights: Weights, counts: Counts, params: Any, batch: Batch, routes: Any
 ) -> tuple[Any, Aux]:
-    """`gradients` with rows divided among the devices of `mesh` and parameters on each of them."""
-    counts = jax.tree.map(lambda a: a.sum(), jax.vmap(count)(batch))
-    rows, whole = PartitionSpec(None, DATA_AXIS), PartitionSpec()
+    """`_accumulate` of every device's rows and weights, added up over devices."""
+    shards, cfg = program.shards, program.cfg
+    assert isinstance(shards.mesh, Mesh)
+    placed = param_specs(cfg, shards, is_scanned(cfg, params))
+    rows, whole = row_spec(shards), PartitionSpec()
+    tokens = shards.axes("batch")
+
+    def total(grad: Array, spec: PartitionSpec) -> Array:
+        """Where a weight is split, every device has all of its own part's gradient."""
+        used = {axis for entry in spec for axis in entry_axes(entry)}
+        rest = tuple(axis for axis in tokens if axis not in used)
+        return lax.psum(grad, rest) if rest else grad
 
     def local(params: Any, weights: Weights, counts: Any, batch: Batch, routes: Any):
         grads, aux = _accumulate(program, weights, counts, params, batch, routes)
-        summed = lax.psum((grads, aux.metrics, aux.loads), DATA_AXIS)
-        return summed, aux.routes
+        summed = lax.psum((aux.metrics, aux.loads), tokens) if tokens else (aux.metrics, aux.loads)
+        return (jax.tree.map(total, grads, placed), *summed), aux.routes
 
-    def route_spec(a: Array) -> PartitionSpec:
-        """Tokens are the last dimension but one."""
-        return PartitionSpec(*[None] * (a.ndim - 2), DATA_AXIS)
+    def routed(tree: Any) -> Any:
+        return jax.tree.map(lambda a: route_spec(shards, a.ndim), tree)
 
-    given = None if routes is None else jax.tree.map(route_spec, routes)
-    shapes = jax.eval_shape(partial(gradients, program, weights), params, batch, routes)
-    chosen = jax.tree.map(route_spec, shapes[1].routes)
+    alone = dataclasses.replace(program, shards=SINGLE)
+    shapes = jax.eval_shape(partial(gradients, alone, weights), params, batch, routes)
     run = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(whole, whole, whole, rows, given),
-        out_specs=(whole, chosen),
+        mesh=shards.mesh,
+        in_specs=(placed, whole, whole, rows, routed(routes)),
+        out_specs=((placed, whole, whole), routed(shapes[1].routes)),
         check_vma=False,
     )
     (grads, metrics, loads), chosen = run(params, weights, counts, batch, routes)
@@ -148,35 +165,56 @@ def sharded_gradients(
 
 
 def make_step(
-    program: Program, opt: OptimizerConfig, learn: str, mesh: Mesh | None = None
+    program: Program, opt: OptimizerConfig, learn: str
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted step (state, batch, knobs, routes=None) → (state, metrics); donates the state.
 
-    The batch is `[microbatches, B, T]`; on a mesh B divides by its size.
+    The batch is `[microbatches, B, T]`; on a mesh B divides by its size, and the state lies and
+    stays where `placing.state_specs` says.
     """
-    find = partial(sharded_gradients, mesh) if mesh is not None else gradients
 
     def step(
         state: TrainState, batch: Batch, knobs: Knobs, routes: Any = None
     ) -> tuple[TrainState, StepMetrics]:
-        cfg, params = program.cfg, state.params
         weights = Weights(knobs.mtp, knobs.balance, knobs.indexer)
-        grads, aux = find(program, weights, params, batch, routes)
-        grads, norms = clip(grads, cfg, opt.clip, learn)
-        rule = make_optimizer(opt, cfg, params, learn)
-        updates, opt_state = rule.update(grads, state.opt_state, params)
-        moved = jax.tree.map(lambda p, u: (p - knobs.lr * u).astype(p.dtype), params, updates)
-        if learn != "indexer":
-            moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
-        norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
-        m = aux.metrics
-        fine = jnp.isfinite(m.loss + m.mtp + m.indexer + norm)
-        fine &= (m.loss <= knobs.loss_limit) & (norm <= knobs.norm_limit)
-        new = TrainState(moved, opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
-        return new, _report(aux, norms, new.params, updates, params, opt, fine)
+        grads, aux = gradients(program, weights, state.params, batch, routes)
+        return update(program, opt, learn, state, grads, aux, knobs)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def update(
+    program: Program,
+    opt: OptimizerConfig,
+    learn: str,
+    state: TrainState,
+    grads: Any,
+    aux: Aux,
+    knobs: Knobs,
+) -> tuple[TrainState, StepMetrics]:
+    """The state after a step with this gradient, or the same one if the step is left out."""
+    cfg, params = program.cfg, state.params
+    grads, norms = clip(grads, cfg, opt.clip, learn)
+    rule = make_optimizer(opt, cfg, params, learn, program.shards)
+    updates, opt_state = rule.update(grads, state.opt_state, params)
+    moved = jax.tree.map(lambda p, u: (p - knobs.lr * u).astype(p.dtype), params, updates)
+    if learn != "indexer":
+        moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
+    norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
+    m = aux.metrics
+    fine = jnp.isfinite(m.loss + m.mtp + m.indexer + norm)
+    fine &= (m.loss <= knobs.loss_limit) & (norm <= knobs.norm_limit)
+    new = TrainState(moved, opt_state)
+    new = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, state)
+    return _stay(program, new), _report(aux, norms, new.params, updates, params, opt, fine)
+
+
+def _stay(program: Program, state: TrainState) -> TrainState:
+    if program.shards.mesh is None:
+        return state
+    scan = is_scanned(program.cfg, state.params)
+    where = state_shardings(program.cfg, state, program.shards, scan)
+    return lax.with_sharding_constraint(state, where)
 
 
 def _report(
@@ -213,10 +251,27 @@ def _update_rms(updates: Any, params: Any, opt: OptimizerConfig) -> Array:
 
 def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
     """The experts that today's parameters choose for a batch `[microbatches, B, T]`."""
-    from dsv4_jax.training.forward import forward
+    shards, cfg = program.shards, program.cfg
 
-    def one(micro: Batch) -> Any:
-        terms = forward(program, params, micro).terms
-        return [[t.router.experts_UA for t in group] for group in terms]
+    def local(params: Any, batch: Batch) -> Any:
+        top = join_top(program, params)
 
-    return lax.map(one, batch)
+        def one(micro: Batch) -> Any:
+            terms = forward(program, top, micro).terms
+            return [[t.router.experts_UA for t in group] for group in terms]
+
+        return lax.map(one, batch)
+
+    if shards.mesh is None:
+        return local(params, batch)
+    assert isinstance(shards.mesh, Mesh)
+    alone = dataclasses.replace(program, shards=SINGLE)
+    shapes = jax.eval_shape(partial(routing_pass, alone), params, batch)
+    run = jax.shard_map(
+        local,
+        mesh=shards.mesh,
+        in_specs=(param_specs(cfg, shards, is_scanned(cfg, params)), row_spec(shards)),
+        out_specs=jax.tree.map(lambda a: route_spec(shards, a.ndim), shapes),
+        check_vma=False,
+    )
+    return run(params, batch)

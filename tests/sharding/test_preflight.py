@@ -16,6 +16,7 @@ from sharding.shards import Shards
 REASON = aot.skip_reason()
 SHORT = {"num_layers": 5, "compress_ratios": (0, 4, 128, 4, 128, 0), "num_hash_layers": 1}
 SIZES = Sizes(64, 8192, 2048)
+TRAIN = ["--model", "tiny", "--program", "train"]
 
 
 def run(capsys, *args):
@@ -62,6 +63,10 @@ def test_explain_lists_every_parameter(capsys):
             "'v6e-8' must look like",
         ),
         (["--model", "tiny", "--batch", "3", "--mesh", "expert=8", "--estimate"], "batch of 3"),
+        (["--model", "tiny", "--program", "train"], "--program train needs --mesh"),
+        (TRAIN + ["--mesh", "context=8"], "context is for inference"),
+        (TRAIN + ["--mesh", "fsdp=8", "--micro-rows", "0"], "--micro-rows 0 must be positive"),
+        (TRAIN + ["--mesh", "fsdp=8", "--estimate"], "know decode and prefill"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(args, message, capsys):

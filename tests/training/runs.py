@@ -46,7 +46,7 @@ TWO_LAYERS = "num_layers=2, compress_ratios=(4, 8, 0)"
 ONE_LAYER = "num_layers=1, compress_ratios=(4,), num_hash_layers=0, num_mtp_layers=0"
 
 
-def write_config(folder: Path, phases: str, devices: int = 1, model: str = TWO_LAYERS) -> Path:
+def write_config(folder: Path, phases: str, mesh: str = "", model: str = TWO_LAYERS) -> Path:
     """Prepared data and a configuration file in `folder`."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(20)]
@@ -60,7 +60,7 @@ def write_config(folder: Path, phases: str, devices: int = 1, model: str = TWO_L
         .replace("MODEL", model)
     )
     path = folder / "small.py"
-    path.write_text(text.replace("scan=False", f"scan=False, devices={devices}"))
+    path.write_text(text.replace("scan=False", f"scan=False, mesh={mesh!r}"))
     return path
 
 

@@ -160,6 +160,11 @@ def test_packing_changes_no_gradient():
         )
 
 
+# Fused otherwise, the same sums round otherwise. Scales of hyper-connections move most, up to 1e-5
+# of the largest entry: they add terms of either sign over all tokens. The median of leaves is 1e-6.
+ROUNDING = 3e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["remat", "unrolled", "slices"])
 def test_how_it_is_computed_changes_nothing(change, monkeypatch):
@@ -184,7 +189,7 @@ def test_how_it_is_computed_changes_nothing(change, monkeypatch):
     h = floats(h)
     for key, value in floats(g).items():
         np.testing.assert_allclose(
-            value, h[key], rtol=0, atol=1e-5 * np.abs(value).max() + 1e-9, err_msg=key
+            value, h[key], rtol=0, atol=ROUNDING * np.abs(value).max() + 1e-9, err_msg=key
         )
 
 
@@ -202,9 +207,11 @@ def test_no_token_sees_the_future_or_another_document():
     # tokens of a document are all different here, so an embedding row is a position
     unique = jnp.arange(2, 42, dtype=jnp.int32)[None]
     batch = batch._replace(tokens_BT=unique)
-    g = jax.jit(jax.vmap(jax.grad(read), in_axes=(None, 0)))(
-        params["top"]["embed"], jnp.array([7, 19, 25, 39])
-    )
+
+    def slope(t):
+        return jax.grad(read)(params["top"]["embed"], t)
+
+    g = jax.jit(partial(jax.lax.map, slope))(jnp.array([7, 19, 25, 39]))
     for t, moved in zip((7, 19, 25, 39), np.abs(np.asarray(g)).max(-1) > 0, strict=True):
         seen = {int(i) - 2 for i in np.flatnonzero(moved)}
         assert seen == set(range(0 if t < 20 else 20, t + 1)), t

@@ -106,10 +106,10 @@ def finish(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
-def test_killed_at_every_border(devices, tmp_path):
+@pytest.mark.parametrize(("mesh", "devices"), [("", 1), ("fsdp=2,expert=2", 4)])
+def test_killed_at_every_border(mesh, devices, tmp_path):
     """SIGKILL shortly in front of, at, and behind each border; SIGTERM once."""
-    path = write_config(tmp_path, EVERY_BORDER, devices)
+    path = write_config(tmp_path, EVERY_BORDER, mesh)
     cache = tmp_path / "cache"
     finish(start(path, tmp_path / "straight", cache, devices))
     kills = [2, 4, 9, 13, 17, 21, 24, 27]

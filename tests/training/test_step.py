@@ -1,4 +1,4 @@
-"""Sharding, microbatches, guards and early routing of whole steps."""
+"""Microbatches, guards and early routing of whole steps."""
 
 import io
 
@@ -9,11 +9,11 @@ import pytest
 
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.guard import GuardConfig
-from dsv4_jax.training.loop import Trainer, _mesh
+from dsv4_jax.training.loop import Trainer
 from dsv4_jax.training.losses import Weights
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.run import load_run
-from dsv4_jax.training.step import gradients, routing_pass, sharded_gradients
+from dsv4_jax.training.step import gradients, routing_pass
 from tests.training.runs import ONE_LAYER, SPARSE_ONLY, write_config
 from tests.training.support import CONFIG, documents, pack, random_params
 
@@ -30,23 +30,16 @@ def floats(tree):
 
 
 @pytest.mark.slow
-def test_devices_and_microbatches_change_only_rounding():
+def test_microbatches_change_only_rounding():
     """Loads are the same integers, so router biases move by the same bits."""
     program, params = Program(CONFIG), random_params()
     whole = jax.jit(lambda p, b: gradients(program, WEIGHTS, p, b))(params, batch_of(1))
     cut = jax.jit(lambda p, b: gradients(program, WEIGHTS, p, b))(params, batch_of(4))
-    mesh = _mesh(8)
-    spread = jax.jit(lambda p, b: sharded_gradients(mesh, program, WEIGHTS, p, b))(
-        params, batch_of(1)
-    )
-    for other in (cut, spread):
-        for a, b in zip(
-            jax.tree.leaves(whole[1].loads), jax.tree.leaves(other[1].loads), strict=True
-        ):
-            np.testing.assert_array_equal(a, b)
-        np.testing.assert_allclose(whole[1].metrics, other[1].metrics, rtol=1e-5)
-        for a, b in zip(floats(whole[0]), floats(other[0]), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9)
+    for a, b in zip(jax.tree.leaves(whole[1].loads), jax.tree.leaves(cut[1].loads), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(whole[1].metrics, cut[1].metrics, rtol=1e-5)
+    for a, b in zip(floats(whole[0]), floats(cut[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-9)
 
 
 @pytest.mark.slow
@@ -90,6 +83,6 @@ def test_spikes_are_left_out_and_rolled_back(tmp_path):
 def test_batches_must_divide(tmp_path):
     path = write_config(tmp_path, SPARSE_ONLY, model=ONE_LAYER)
     with pytest.raises(ValueError, match="8 rows does not divide among 3 devices"):
-        Trainer(load_run(str(path), ["devices=3"]), tmp_path / "run")
+        Trainer(load_run(str(path), ["mesh=data=3"]), tmp_path / "run")
     run = load_run(str(path), ["micro_rows=3"])
     assert run.microbatches(8, 1) == 4 and run.microbatches(9, 1) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -56,19 +57,12 @@ class Rows:
         data = grain.MapDataset.source(records)
         return data.seed(seed).shuffle().repeat()
 
-    def batch(self, first: int, count: int, host: int = 0, hosts: int = 1) -> np.ndarray:
-        """Rows `first` … `first + count`, of which this host reads every `hosts`-th block.
+    def batch(self, first: int, which: Iterable[int]) -> np.ndarray:
+        """Rows `first + i` for every i of `which`, int32 `[4, rows, length]`: fields of `Batch`.
 
-        int32 `[4, count / hosts, length]`, the fields of `Batch`.
-
-        Raises:
-            ValueError: `count` does not divide among hosts.
+        A host asks for the rows of a batch that its devices work on.
         """
-        if count % hosts:
-            raise ValueError(f"a batch of {count} rows does not divide among {hosts} hosts")
-        share = count // hosts
-        begin = first + host * share
-        rows = [decode_row(self._rows[i], self.length) for i in range(begin, begin + share)]
+        rows = [decode_row(self._rows[first + int(i)], self.length) for i in which]
         return np.stack(rows, axis=1)
 
 
@@ -79,17 +73,16 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(1)
         self._next: tuple[Any, Future[np.ndarray]] | None = None
 
-    def get(self, rows: Rows, first: int, count: int, host: int, hosts: int) -> np.ndarray:
-        """`rows.batch(…)`; starts reading the batch behind it."""
-        key = (id(rows), first, count, host, hosts)
+    def get(self, rows: Rows, first: int, count: int, which: Sequence[int]) -> np.ndarray:
+        """`rows.batch(first, which)`; starts reading the same of the batch `count` rows on."""
+        key = (id(rows), first, tuple(which))
         waiting, self._next = self._next, None
         if waiting is not None and waiting[0] == key:
             found = waiting[1].result()
         else:
-            found = rows.batch(first, count, host, hosts)
-        following = (id(rows), first + count, count, host, hosts)
-        future = self._pool.submit(rows.batch, first + count, count, host, hosts)
-        self._next = (following, future)
+            found = rows.batch(first, which)
+        future = self._pool.submit(rows.batch, first + count, which)
+        self._next = ((id(rows), first + count, tuple(which)), future)
         return found
 
     def close(self) -> None:

@@ -1,0 +1,173 @@
+"""Preflight of a training step: the whole step, compiled for a slice that need not exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.parallel import check
+from dsv4_jax.preflight import compile as compiler
+from dsv4_jax.preflight import slices
+from dsv4_jax.preflight.compile import Report
+from dsv4_jax.preflight.programs import Program as Compiled
+from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.init import InitConfig, init_params
+from dsv4_jax.training.leaves import places
+from dsv4_jax.training.muon import COEFFICIENTS
+from dsv4_jax.training.optimizer import OptimizerConfig
+from dsv4_jax.training.partition import view
+from dsv4_jax.training.placing import named, placed_shapes, row_spec
+from dsv4_jax.training.precision import Precision
+from dsv4_jax.training.program import Program
+from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step
+from sharding.mesh import MeshShape, generation, make_mesh, num_chips, topology_devices
+from sharding.rules import TRAIN
+from sharding.shards import Shards
+
+OPTIMIZER = OptimizerConfig(ns_dtype="bfloat16")
+PASSES = 3  # forwards once, backwards twice as much; what is computed again is a choice
+
+
+class TrainSizes(NamedTuple):
+    """batch: rows of an optimizer step. length: tokens of a row. micro_rows: rows that a device
+    differentiates at once."""
+
+    batch: int
+    length: int
+    micro_rows: int
+
+
+def sizes_of(cfg: ModelConfig, batch: int, length: int, micro_rows: int) -> TrainSizes:
+    """Checked sizes.
+
+    Raises:
+        ValueError: a size out of range.
+    """
+    if batch < 1 or micro_rows < 1:
+        raise ValueError(f"--batch {batch} and --micro-rows {micro_rows} must be positive")
+    if not 1 <= length <= cfg.max_len:
+        raise ValueError(f"--context {length} must lie between 1 and the model's {cfg.max_len}")
+    return TrainSizes(batch, length, micro_rows)
+
+
+def run(
+    name: str,
+    cfg: ModelConfig,
+    topology: str,
+    sizes: TrainSizes,
+    mesh: MeshShape,
+    exchange: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Compiles a step of the sparse phase for `topology` and reports.
+
+    bfloat16 activations and products, float32 weights and slots, layers in a scan and recomputed in
+    the backward pass, Muon in bfloat16.
+
+    Raises:
+        ValueError: unknown topology, or a mesh or sizes that do not fit it or do not divide.
+    """
+    kind, devices = generation(topology), topology_devices(topology)
+    cfg = cfg.replace(dense_format=None, expert_format=None)
+    shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange)
+    check(cfg, shards, sizes.batch)
+    micro = microbatches(sizes, shards.count("batch"))
+    program = Program(cfg, Precision("bfloat16"), remat="group", shards=shards)
+    state = state_of(program)
+    weights, slots = (local_bytes(part) for part in (state.params, state.opt_state))
+    chip, tokens = slices.CHIPS[kind], sizes.batch * sizes.length
+    work = PASSES * tokens * slices.token_flops(cfg, sizes.length // 2) + muon_flops(cfg)
+    floor = {
+        "compute": work / mesh.num_devices / chip.flops,
+        "HBM": 2 * (weights + slots) / chip.hbm_rate,  # read and written once
+    }
+    report = Report(
+        name,
+        topology,
+        num_chips(topology),
+        str(mesh),
+        "train",
+        sizes.batch,
+        sizes.length,
+        sizes.length,
+        chip.hbm_bytes,
+        weights,
+        slots,
+        floor=floor,
+    )
+    if report.used > report.hbm_bytes:
+        report.reason = "weights and slots alone exceed the memory of a device"
+        return report
+    say(f"compiling for {len(devices)} devices, {micro} microbatches")
+    compiler.measure_program(report, _step(program, state, sizes, micro), shards, kind)
+    return report
+
+
+def microbatches(sizes: TrainSizes, parts: int) -> int:
+    """Into how many a batch is cut on `parts` devices that share it.
+
+    Raises:
+        ValueError: it does not divide.
+    """
+    at_once = parts * sizes.micro_rows
+    if sizes.batch % at_once:
+        raise ValueError(
+            f"a batch of {sizes.batch} rows does not divide into microbatches of {at_once} "
+            f"({parts} devices × {sizes.micro_rows} rows)"
+        )
+    return sizes.batch // at_once
+
+
+def state_of(program: Program) -> TrainState:
+    """Shapes of parameters and slots with their placement."""
+
+    def make() -> TrainState:
+        params = init_params(program.cfg, InitConfig(), jax.random.key(0))
+        return init_state(program, OPTIMIZER, params)
+
+    return placed_shapes(program.cfg, jax.eval_shape(make), program.shards, scan=True)
+
+
+def _step(program: Program, state: TrainState, sizes: TrainSizes, micro: int) -> Compiled:
+    rows = named(program.shards, row_spec(program.shards))
+    shape = (micro, sizes.batch // micro, sizes.length)
+    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    knobs = Knobs(*[number] * len(Knobs._fields))  # type: ignore[arg-type]
+    step = make_step(program, OPTIMIZER, "all")
+
+    def run(params: Any, slots: Any, batch: Batch, knobs: Knobs) -> Any:
+        return step(TrainState(params, slots), batch, knobs)
+
+    batch = Batch(*[field] * len(Batch._fields))  # type: ignore[arg-type]
+    return Compiled(run, state.params, state.opt_state, (batch, knobs), (0, 1))
+
+
+def local_bytes(tree: Any) -> int:
+    """Of one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def muon_flops(cfg: ModelConfig) -> float:
+    """Of one orthogonalisation of every matrix."""
+    total = 0.0
+    for place in places(cfg, scan=False):
+        how, shape = view(place, cfg), place.spec.shape
+        if how.group == "muon":
+            stack = math.prod(shape[:-2]) * how.groups
+            total += stack * sum(map(partial(_iteration, shape[-1]), how.rows))
+    return total * len(COEFFICIENTS)
+
+
+def _iteration(width: int, rows: int) -> float:
+    r, q = sorted((rows, width))
+    return 4.0 * r * r * q + 2.0 * r**3
