@@ -20,7 +20,7 @@ KERNELS = {
     "grouped_swiglu": "experts",
     "grouped_combine": "experts",
 }
-PARTS = ("attention", "index", "experts", "other")
+PARTS: tuple[str, ...] = ("attention", "index", "experts", "other")
 
 
 class DecodeCost(NamedTuple):
@@ -50,7 +50,7 @@ def formula_parts(cfg: ModelConfig, context: int) -> dict[str, float]:
 
 def compiled_parts(total: float, kernels: Mapping[str, float]) -> dict[str, float]:
     """FLOPs of a program and of its kernels, in the same parts."""
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts: dict[str, float] = {part: 0.0 for part in PARTS}
     for name, count in kernels.items():
         parts[KERNELS.get(name, "other")] += count
     parts["other"] += total - sum(kernels.values())
