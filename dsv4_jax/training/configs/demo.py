@@ -44,10 +44,7 @@ RUN = RunConfig(
         "short": (Source(f"{ROOT}/short", 0.95), Source(f"{ROOT}/text", 0.05)),
         "middle": (Source(f"{ROOT}/middle"),),
         "long1k": (Source(f"{ROOT}/long1k"), Source(f"{ROOT}/drill")),
-        "facts": (Source(f"{ROOT}/facts"),),
-        "facts2k": (Source(f"{ROOT}/facts2k"),),
-        "last2k": (Source(f"{ROOT}/last2k", 0.75), Source(f"{ROOT}/drill2k", 0.25)),
-        "last8k": (Source(f"{ROOT}/last8k"),),
+        "long2k": (Source(f"{ROOT}/long2k", 0.65), Source(f"{ROOT}/drill2k", 0.35)),
     },
     phases=(
         # long lists to copy first: most of what is learnt asks for looking back at what followed
@@ -56,13 +53,9 @@ RUN = RunConfig(
         Phase("middle", 3_481_600, 512, 4, attention="dense", learn="trunk", data="middle"),
         Phase("indexers", 204_800, 1024, 2, attention="dense", learn="indexer", data="long1k"),
         Phase("sparse", 1_638_400, 1024, 2, data="long1k"),
-        # documents of facts that are easily mixed up, each asked about many times
-        Phase("facts", 2_457_600, 512, 4, data="facts"),
-        Phase("facts2k", 1_228_800, 2048, 1, data="facts2k"),
-        Phase("decay", 1_638_400, 2048, 1, data="last2k", quantise=True),
-        Phase("long", 409_600, 8192, 1, data="last8k", quantise=True),
+        Phase("decay", 1_638_400, 2048, 1, data="long2k", quantise=True),
     ),
-    schedule=Schedule(lr=1e-2, end_lr=2e-4, warmup_steps=50, decay_from=0.844),
+    schedule=Schedule(lr=1e-2, end_lr=2e-4, warmup_steps=50, decay_from=0.8186),
     micro_rows=2,  # what a layer keeps then stays in the cache of a core
     scan=False,  # unrolled layers run faster on a CPU
     checkpoint_every=100,

@@ -66,15 +66,12 @@ def make_many(maker: Maker, thinking: bool) -> Example:
     count = rng.randint(3, max(min(room // FACT_TOKENS, 24), 3))
     field = rng.choice(list(FACTS))
     facts = _facts(maker, count, field)
+    asked = rng.sample(facts, min(count, rng.randint(2, 5)))
     text = _document(maker, [_tell(f) for f in facts], room)
-    messages = []
-    for number in range(1 if thinking else rng.randint(1, 4)):
-        asked = rng.sample(facts, min(count, rng.randint(2, 5)))
-        ask = f"Give the {field} of {', '.join(key for _, key, _ in asked)}."
-        answer = f"They are {', '.join(value for _, _, value in asked)}."
-        reasoning = " ".join(_tell(f) for f in asked) if thinking else ""
-        asked_text = _ask_about(maker, text, ask) if number == 0 else ask
-        messages += [user(asked_text), assistant(answer, reasoning)]
+    ask = f"Give the {field} of {', '.join(key for _, key, _ in asked)}."
+    answer = f"They are {', '.join(value for _, _, value in asked)}."
+    reasoning = " ".join(_tell(f) for f in asked) if thinking else ""
+    messages = [user(_ask_about(maker, text, ask)), assistant(answer, reasoning)]
     return Example("several needles", messages, thinking, tuple(_instance(f) for f in facts))
 
 
