@@ -182,8 +182,8 @@ def test_score_order_is_that_of_floats():
 def test_reference_equals_the_model():
     num, case = Numerics(), SMALL["rows_rounded_plain"]._replace(packed=True, batch=4)
     q, w, codes, scales, visible, _ = arguments(case, "spread")
-    keys, index = store.PackedKeys(codes, scales), jnp.int32(LAYER)
-    scores = indexer.score_rows(indexer.IndexQuery(q, w), keys, index, visible, num)
+    keys, place = store.PackedKeys(codes, scales), store.Place(jnp.int32(LAYER))
+    scores = indexer.score_rows(indexer.IndexQuery(q, w), keys, place, visible, num)
     ours = reference.score(q, w, store.unpack(keys, jnp.float32)[LAYER], True)
     seen = np.arange(case.capacity) < np.asarray(visible)[..., None]
     np.testing.assert_array_equal(np.asarray(ours)[seen], np.asarray(scores)[seen])
@@ -192,10 +192,10 @@ def test_reference_equals_the_model():
     np.testing.assert_array_equal(chosen, mask)
     picked = indexer.select(scores, case.keep)
     rows = reference.mask_rows(chosen, case.keep)
-    for place in np.ndindex(*visible.shape):
-        valid = np.asarray(picked.valid_BTK[place])
-        theirs = np.sort(np.asarray(picked.rows_BTK[place])[valid])
-        np.testing.assert_array_equal(rows[place][: valid.sum()], theirs)
+    for at in np.ndindex(*visible.shape):
+        valid = np.asarray(picked.valid_BTK[at])
+        theirs = np.sort(np.asarray(picked.rows_BTK[at])[valid])
+        np.testing.assert_array_equal(rows[at][: valid.sum()], theirs)
 
 
 def test_wrong_arguments_are_named():
