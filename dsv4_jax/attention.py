@@ -18,9 +18,9 @@ from dsv4_jax import cache as store
 from dsv4_jax.compress import Chunk, compress
 from dsv4_jax.config import CSA, ModelConfig
 from dsv4_jax.norm import head_norm, rms_norm
-from dsv4_jax.numerics import Numerics, fp8_matmul, linear, linear_over
+from dsv4_jax.numerics import Numerics, fp8_matmul, linear, linear_over, matmul_each
 from dsv4_jax.params import attention_specs, declare
-from dsv4_jax.quant import KV_BLOCK, dequantize, fake_fp4, fake_fp8, hadamard
+from dsv4_jax.quant import KV_BLOCK, DecodedWeight, dequantize, fake_fp4, fake_fp8, hadamard
 from dsv4_jax.rope import Rotation, frequencies, rotate
 from sharding.shards import SINGLE, Shards
 
@@ -164,23 +164,17 @@ class Attention(nn.Module):
         """Grouped low-rank output: consecutive heads form a group with its own slice of wo_a."""
         cfg, num = self.cfg, self.num
         wo_a = self.weights["wo_a"]
-        if num.matrix_kernels and not isinstance(wo_a, Array):
+        if num.matrix_kernels and not isinstance(wo_a, Array | DecodedWeight):
             out_BTx = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
             groups = wo_a.shape[0] // cfg.o_rank
             low_BTz = fp8_matmul(out_BTx, wo_a, num, rounded=False, groups=groups)
             return linear_over(low_BTz, self.weights["wo_b"], num, self.shards, "o_groups")
         out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], -1, cfg.group_dim)
         # the official code never rounds the activations in front of wo_a
-        wo_a_GOg = dequantize(wo_a, num.jnp_dtype).reshape(-1, cfg.o_rank, cfg.group_dim)
-        # activations first: an einsum would transpose them
-        low_GBTO = lax.dot_general(
-            out_BTGg,
-            wo_a_GOg,
-            (((3,), (2,)), ((2,), (0,))),
-            preferred_element_type=jnp.float32,
-            precision=lax.Precision.HIGHEST,
-        )
-        low_BTz = num.cast(jnp.moveaxis(low_GBTO, 0, 2)).reshape(*out_BTNH.shape[:2], -1)
+        work = jnp.dtype(jnp.float32) if isinstance(wo_a, DecodedWeight) else num.jnp_dtype
+        wo_a_GOg = dequantize(wo_a, work).reshape(-1, cfg.o_rank, cfg.group_dim)
+        low_BTGO = matmul_each(out_BTGg.astype(work), wo_a_GOg)
+        low_BTz = num.cast(low_BTGO).reshape(*out_BTNH.shape[:2], -1)
         return linear_over(low_BTz, self.weights["wo_b"], num, self.shards, "o_groups")
 
 

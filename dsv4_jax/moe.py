@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +13,22 @@ from jax import Array, lax
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.exchange import Tokens, exchange
-from dsv4_jax.numerics import Numerics, Weight, linear, linear_f32
+from dsv4_jax.numerics import Numerics, Weight, linear, linear_f32, matmul_each
 from dsv4_jax.params import declare, moe_specs
-from dsv4_jax.quant import QuantizedArray, StackedWeight, index_expert
+from dsv4_jax.quant import (
+    ACT_BLOCK,
+    DecodedWeight,
+    QuantizedArray,
+    StackedWeight,
+    fake_fp8,
+    index_expert,
+)
 from pallas_kernels.grouped_matmul.api import routed_experts
 from sharding.shards import SINGLE, Shards
 
 MIN_EXPERT_TILE, MAX_EXPERT_TILE = 8, 64  # rows of one expert that are multiplied together
 FEW_ROWS = 6  # with so many, sorting them costs more than reading an expert twice
+FEW_TOKENS, SMALL_EXPERTS = 64, 1 << 17  # tokens, and entries of a matrix of all experts, on CPU
 MAX_BRANCHES = 64  # experts for which a product each is compiled, on CPU
 
 
@@ -66,18 +76,20 @@ def expert_linear(
     branch per expert picks it. Quantised weights are decoded into a copy anyway.
     """
 
-    def picked(x: Array, weight: Array | QuantizedArray, which: Array) -> Array:
+    def picked(x: Array, weight: Array | QuantizedArray | DecodedWeight, which: Array) -> Array:
         return linear(x, index_expert(weight, which), num)
 
-    def branches(x: Array, weight: Array, which: Array) -> Array:
-        fixed = [lambda x, w, e=e: linear(x, w[e], num) for e in range(len(weight))]
-        return lax.switch(which, fixed, x, weight)
+    def branches(x: Array, weight: Array | DecodedWeight, which: Array) -> Array:
+        def fixed(e: int) -> Callable[[Array, Any], Array]:
+            return lambda x, w: linear(x, jax.tree.map(lambda a: a[e], w), num)
+
+        return lax.switch(which, [fixed(e) for e in range(weight.shape[0])], x, weight)
 
     if which is None:
         return linear(x, weight, num, wide=wide)
     if isinstance(weight, StackedWeight):
         weight = weight.cut()
-    if isinstance(weight, QuantizedArray) or len(weight) > MAX_BRANCHES:
+    if isinstance(weight, QuantizedArray) or weight.shape[0] > MAX_BRANCHES:
         return picked(x, weight, which)
     return lax.platform_dependent(x, weight, which, cpu=branches, default=picked)
 
@@ -96,15 +108,21 @@ def expert(
     The routing weight comes before the down projection (inside the rounding of its input).
     `which`: the expert to use, where weights are stacks. `wide`: float32 sums, for one expert only.
     """
-    gate_YF = expert_linear(x_YD, weights["w1"], which, num).astype(jnp.float32)
-    up_YF = expert_linear(x_YD, weights["w3"], which, num).astype(jnp.float32)
-    if cfg.swiglu_limit:
-        gate_YF = jnp.minimum(gate_YF, cfg.swiglu_limit)
-        up_YF = jnp.clip(up_YF, -cfg.swiglu_limit, cfg.swiglu_limit)
-    hidden_YF = jax.nn.silu(gate_YF) * up_YF
+    gate_YF = expert_linear(x_YD, weights["w1"], which, num)
+    up_YF = expert_linear(x_YD, weights["w3"], which, num)
+    hidden_YF = swiglu(gate_YF, up_YF, cfg)
     if scale_Y is not None:
         hidden_YF = hidden_YF * scale_Y[:, None]
     return expert_linear(num.cast(hidden_YF), weights["w2"], which, num, wide)
+
+
+def swiglu(gate: Array, up: Array, cfg: ModelConfig) -> Array:
+    """silu(clamped gate) · clamped up in float32, of any shape."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if cfg.swiglu_limit:
+        gate = jnp.minimum(gate, cfg.swiglu_limit)
+        up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
+    return jax.nn.silu(gate) * up
 
 
 def routed_sum(
@@ -127,6 +145,8 @@ def routed_sum(
         return _kernel_sum(weights, x_UD, routing, real_U, cfg, num)
     tokens, per_token = routing.experts_UA.shape
     num_experts = weights["w1"].shape[0]  # of this device
+    if _is_small(weights, tokens):
+        return _dense_sum(weights, x_UD, routing, cfg, num)
     if tokens * per_token <= FEW_ROWS and num_experts == cfg.num_experts:
 
         def add(row: Array, total_UD: Array) -> Array:
@@ -163,11 +183,45 @@ def routed_sum(
         return lax.dynamic_update_slice_in_dim(slots, part, step * tile, axis=0)
 
     out = lax.fori_loop(0, last_tile_E[-1], body, x_UD[token_slot])
-    picked = out.at[slot_Y].get(mode="fill", fill_value=0).reshape(tokens, per_token, -1)
-    total = picked[:, 0].astype(jnp.float32)
-    for a in range(1, per_token):
-        total = total + picked[:, a].astype(jnp.float32)
-    return total
+    picked = out.at[slot_Y].get(mode="fill", fill_value=0)
+    return _in_order(picked.reshape(tokens, per_token, -1))
+
+
+def _is_small(weights: dict[str, Any], tokens: int) -> bool:
+    """Whether picking experts takes longer than computing them all."""
+    if not isinstance(weights["w1"], DecodedWeight):
+        return False
+    return tokens <= FEW_TOKENS and math.prod(weights["w1"].shape) <= SMALL_EXPERTS
+
+
+def _dense_sum(
+    weights: dict[str, Any], x_UD: Array, routing: Routing, cfg: ModelConfig, num: Numerics
+) -> Array:
+    """`routed_sum`, float32 `[U, D]`, by all experts on all tokens; those not chosen are left out.
+
+    Weights are `DecodedWeight`s of all the model's experts.
+    """
+    num_experts, expert_dim, dim = weights["w1"].shape
+    chosen_UAE = routing.experts_UA[..., None] == jnp.arange(num_experts)[None, None]
+    scale_UE = jnp.where(chosen_UAE, routing.weights_UA[..., None], 0).sum(axis=1)
+
+    def together(name: str) -> Array:
+        all_of_them = DecodedWeight(weights[name].values.reshape(-1, dim))
+        return linear(x_UD, all_of_them, num).reshape(-1, num_experts, expert_dim)
+
+    hidden_UEF = num.cast(swiglu(together("w1"), together("w3"), cfg) * scale_UE[..., None])
+    if num.rounds:
+        hidden_UEF = fake_fp8(hidden_UEF, ACT_BLOCK)
+    out_UED = num.cast(matmul_each(hidden_UEF.astype(jnp.float32), weights["w2"].values))
+    return _in_order(jnp.take_along_axis(out_UED, routing.experts_UA[..., None], axis=1))
+
+
+def _in_order(part_UAD: Array) -> Array:
+    """Σ over a token's experts, from left to right: float32 `[U, D]`."""
+    total_UD = part_UAD[:, 0].astype(jnp.float32)
+    for a in range(1, part_UAD.shape[1]):
+        total_UD = total_UD + part_UAD[:, a].astype(jnp.float32)
+    return total_UD
 
 
 def _kernel_sum(

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from dsv4_jax.quant import (
     ACT_BLOCK,
+    DecodedWeight,
     QuantizedArray,
     StackedWeight,
     dequantize,
@@ -21,6 +22,7 @@ from pallas_kernels.block_matmul.api import block_matmul
 from sharding.shards import Shards
 
 FEW_ROWS = 32  # up to these many rows a product is bound by its weights
+ONE_BY_ONE = 4  # up to these many rows, each is a product of its own
 MODES = ("reference", "plain")
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
@@ -112,7 +114,31 @@ def _dot(x: Array, w: Array) -> Array:
     )
 
 
-Weight = Array | QuantizedArray | StackedWeight
+def matmul_each(x: Array, w: Array) -> Array:
+    """Part e of `x` `[..., E, in]` · matrix e of `w` `[E, out, in]`ᵀ: float32 `[..., E, out]`."""
+    rows = x.reshape(-1, *x.shape[-2:])
+
+    def all_at_once(x_RE: Array, w: Array) -> Array:
+        out = lax.dot_general(
+            x_RE,
+            w,
+            (((2,), (2,)), ((1,), (0,))),
+            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.moveaxis(out, 0, 1)
+
+    def row_by_row(x_RE: Array, w: Array) -> Array:
+        return jnp.concatenate([all_at_once(x_RE[r : r + 1], w) for r in range(len(rows))])
+
+    if 1 < len(rows) <= ONE_BY_ONE:  # the CPU backend is slow at such small batches of products
+        out = lax.platform_dependent(rows, w, cpu=row_by_row, default=all_at_once)
+    else:
+        out = all_at_once(rows, w)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+Weight = Array | QuantizedArray | StackedWeight | DecodedWeight
 
 
 def linear(
@@ -126,6 +152,10 @@ def linear(
     128 channels. Products of such codes are exact in bfloat16 while scales are powers of two;
     float32 scales (-Base) need float32 products.
     """
+    if isinstance(weight, DecodedWeight):
+        x = fake_fp8(x, ACT_BLOCK) if num.rounds and rounded else x
+        out = matmul(x.astype(jnp.float32), weight.values)
+        return out if wide else num.cast(out)
     if num.matrix_kernels and not isinstance(weight, Array) and is_fp8(weight):
         return fp8_matmul(x, weight, num, rounded=num.rounds and rounded, wide=wide)
     if isinstance(weight, StackedWeight):

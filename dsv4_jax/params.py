@@ -24,6 +24,7 @@ from dsv4_jax.dims import DIMS
 from dsv4_jax.quant import (
     FP4_BLOCK,
     WEIGHT_BLOCK,
+    DecodedWeight,
     QuantizedArray,
     StackedWeight,
     quantize_weight,
@@ -215,12 +216,13 @@ def declare(module: nn.Module, cfg: ModelConfig, specs: Tree, shards: Shards = S
     """Declares every entry of `specs` as a parameter of a Linen module and returns their values.
 
     An entry may be a spec or a tree of specs; Linen checks the shapes of what is passed in, but
-    for weights still in their stack: there we do. Over several devices each has its part.
+    for weights still in their stack or decoded: there we do. Over several devices each has its
+    part.
     """
     specs = jax.tree.map(lambda spec: spec.part(shards), specs, is_leaf=is_spec)
 
     def value(name: str, tree: Any) -> Any:
-        if not _is_stacked(module.variables.get("params", {}).get(name)):
+        if not _is_unknown_to_linen(module.variables.get("params", {}).get(name)):
             return module.param(name, lambda key: init_tree(key, cfg, tree))
         found = module.get_variable("params", name)
         jax.tree.map(_check_shape, tree, found, is_leaf=is_spec)
@@ -229,10 +231,13 @@ def declare(module: nn.Module, cfg: ModelConfig, specs: Tree, shards: Shards = S
     return {name: value(name, tree) for name, tree in specs.items()}
 
 
-def _is_stacked(tree: Any) -> bool:
-    """Whether some weight of `tree` is still in its stack."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, StackedWeight))
-    return any(isinstance(leaf, StackedWeight) for leaf in leaves)
+def _is_unknown_to_linen(tree: Any) -> bool:
+    """Whether some weight of `tree` is still in its stack, or decoded."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, StackedWeight | DecodedWeight)
+
+    return any(map(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
 
 
 def _check_shape(spec: ParamSpec, value: Any) -> None:

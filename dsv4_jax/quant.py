@@ -56,6 +56,20 @@ class StackedWeight:
         return index_expert(self.stack, self.layer)
 
 
+@struct.dataclass
+class DecodedWeight:
+    """Float32 values `[..., out, in]` of a quantised weight, decoded once instead of in every step.
+
+    Products round their inputs as they do for the stored form, so results are the same.
+    """
+
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
 def bf16_grid(x: Array) -> Array:
     """Float32 values rounded to bfloat16; unlike a pair of casts, no compiler may drop it."""
     return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -81,7 +95,8 @@ def decode_e8m0(scales: Array) -> Array:
 
 
 def _blocks(x: Array, block: int) -> Array:
-    """`[..., n]` as `[..., n/block, block]`; a short last block is filled with zeros."""
+    """`[..., n]` as `[..., n/block, block]`; a short last block is filled, a single one stays."""
+    block = min(block, x.shape[-1])
     pad = -x.shape[-1] % block
     if pad:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
@@ -175,10 +190,14 @@ def _hadamard_matrix(n: int) -> np.ndarray:
     return matrix * np.float32(n**-0.5)
 
 
-def dequantize(weight: Array | QuantizedArray | StackedWeight, dtype: jnp.dtype) -> Array:
+def dequantize(
+    weight: Array | QuantizedArray | StackedWeight | DecodedWeight, dtype: jnp.dtype
+) -> Array:
     """Dense values `[..., out, in]`; a plain array is only cast."""
     if isinstance(weight, StackedWeight):
         weight = weight.cut()
+    if isinstance(weight, DecodedWeight):
+        weight = weight.values
     if not isinstance(weight, QuantizedArray):
         return weight.astype(dtype)
     scales = decode_e8m0(weight.scales)

@@ -216,38 +216,62 @@ def sample_rows(
     words_BW: uint32 masks. uses_SV: see `count_uses`; row b has entry slots_B[b], which is read
     only if the row penalizes.
     """
-    logits_BV = adjust(logits_BV, knobs, words_BW, uses_SV, slots_B)
-    keys_B = jax.random.wrap_key_data(knobs.keys_B2)
-    return draw(
-        logits_BV,
-        keys_B,
-        positions_B,
-        knobs.temperature_B,
-        knobs.top_p_B,
-        knobs.top_k_B,
-        knobs.min_p_B,
-    )
+
+    def asked(logits_BV: Array) -> Array:
+        return draw(
+            adjust(logits_BV, knobs, words_BW, uses_SV, slots_B),
+            jax.random.wrap_key_data(knobs.keys_B2),
+            positions_B,
+            knobs.temperature_B,
+            knobs.top_p_B,
+            knobs.top_k_B,
+            knobs.min_p_B,
+        )
+
+    def masked(logits_BV: Array) -> Array:
+        return _best(_masked(logits_BV, words_BW))
+
+    # apart, so that logits nobody changes are not copied on their way
+    wants_more = _has_bias(knobs) | _penalizes(knobs).any() | (knobs.temperature_B > 0).any()
+    which = jnp.where(wants_more, 2, _has_masks(words_BW).astype(jnp.int32))
+    return lax.switch(which, (_best, masked, asked), logits_BV)
+
+
+def _best(logits_BV: Array) -> Array:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _masked(logits_BV: Array, words_BW: Array) -> Array:
+    return jnp.where(_bits(words_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
+
+
+def _has_masks(words_BW: Array) -> Array:
+    return (words_BW != jnp.uint32(EVERYTHING)).any()
+
+
+def _has_bias(knobs: Knobs) -> Array:
+    return (knobs.bias_BJ != 0).any()
+
+
+def _penalizes(knobs: Knobs) -> Array:
+    """Which rows do, `[B]`."""
+    return (knobs.presence_B != 0) | (knobs.frequency_B != 0) | (knobs.repetition_B != 1)
 
 
 def adjust(
     logits_BV: Array, knobs: Knobs, words_BW: Array, uses_SV: Array, slots_B: Array
 ) -> Array:
     """Logits after masks, bias and penalties; see `sample_rows`."""
-    has_bias = (knobs.bias_BJ != 0).any()
-    penalizes = (knobs.presence_B != 0) | (knobs.frequency_B != 0) | (knobs.repetition_B != 1)
-    masked = (words_BW != jnp.uint32(EVERYTHING)).any()
-
-    def mask(x_BV: Array) -> Array:
-        return jnp.where(_bits(words_BW, x_BV.shape[1]), x_BV, -jnp.inf)
+    penalizes_B = _penalizes(knobs)
 
     def change(x_BV: Array) -> Array:
         rows_B1 = jnp.arange(len(x_BV))[:, None]
         x_BV = x_BV.at[rows_B1, knobs.bias_ids_BJ].add(knobs.bias_BJ, mode="drop")
-        return _penalized(x_BV, uses_SV[slots_B], penalizes, knobs)
+        return _penalized(x_BV, uses_SV[slots_B], penalizes_B, knobs)
 
     # apart: most rows of a server have a mask, few ask for more
-    logits_BV = lax.cond(masked, mask, lambda x: x, logits_BV)
-    return lax.cond(has_bias | penalizes.any(), change, lambda x: x, logits_BV)
+    logits_BV = lax.cond(_has_masks(words_BW), _masked, lambda x, _: x, logits_BV, words_BW)
+    return lax.cond(_has_bias(knobs) | penalizes_B.any(), change, lambda x: x, logits_BV)
 
 
 def chances(logits_BV: Array, knobs: Knobs) -> Array:
@@ -299,7 +323,7 @@ def draw(
     A draw depends on its key and position alone: the Gumbel trick with noise that is a function of
     both, so a token does not depend on what else is being computed.
     """
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    best_B = _best(logits_BV)
 
     def drawn(_) -> Array:
         scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]

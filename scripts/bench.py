@@ -210,10 +210,12 @@ def bench_speculate(args: argparse.Namespace) -> None:
     use_cpu_if_alone()
 
     from checkpoints.load import load_checkpoint
+    from dsv4_jax.decoded import decoded_if_small
     from dsv4_jax.numerics import Numerics
     from dsv4_jax.serving.engine import speedup
 
-    loaded = load_checkpoint(args.checkpoint)
+    cfg, params = load_checkpoint(args.checkpoint)
+    loaded = cfg, decoded_if_small(cfg, Numerics(), params)
     if not args.json:
         print(speedup.HEADER, flush=True)
     for batch in args.batches:

@@ -46,6 +46,9 @@ class AnyTurn(Protocol):
     @property
     def repairs(self) -> Counter[str]: ...
 
+    @property
+    def prompt_done(self) -> int: ...
+
     def __iter__(self) -> Iterator[Event | Finish]: ...
 
     def close(self) -> None: ...
@@ -161,7 +164,8 @@ class Answering:
             settings = self.service.settings
             encoder = self.reply.encoder(len(self._choices))
             times = (settings.hold_headers_s, settings.keep_alive_s)
-            stream = EventStream(jobs, encoder, self.facts.request_id, *times, self.headers)
+            request_id = self.facts.request_id
+            stream = EventStream(jobs, encoder, request_id, *times, self.headers, self._how_far)
             return _Watched(stream, lambda: self._end(jobs, stream.was_left))
         was_left = False
         try:
@@ -175,6 +179,17 @@ class Answering:
         self.service.check_room()
         enqueue = self.service.thread.enqueue
         return Choices([enqueue(choice, choice.close) for choice in self._choices])
+
+    def _how_far(self) -> str:
+        """What a stream tells while it has nothing to say: of the prompt, until an answer begins.
+
+        Answers of one request share its prompt, and the first one computes it.
+        """
+        choice = self._choices[0]
+        if choice.first_token is not None:
+            return ""
+        done = 0 if choice.turn is None else choice.turn.prompt_done
+        return f"{done:,} of {self.facts.prompt_tokens:,} tokens of the prompt are computed"
 
     async def _whole(self, jobs: Choices[Item]) -> Response:
         events: list[list[Event]] = [[] for _ in self._choices]

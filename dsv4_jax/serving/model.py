@@ -68,8 +68,12 @@ class TokenStream(Iterator[Token], Protocol):
 
     `cached_tokens` of the prompt were not computed again. `prompt_logprobs`, if asked for, has an
     entry for each token of the prompt, None for the first. Both are known once a token is there
-    (or the end, if there are none).
+    (or the end, if there are none). Until then `prompt_done` tells how many of its tokens are
+    computed; it may be read from any thread.
     """
+
+    @property
+    def prompt_done(self) -> int: ...
 
     @property
     def cached_tokens(self) -> int: ...

@@ -11,6 +11,7 @@ IMPLEMENTATIONS = ("reference", "pallas", "interpret")
 PROFILES = ("auto", "preview", "official")
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning")
 TOOL_GRAMMARS = ("off", "structure", "strict")
+DECODING = ("auto", "on", "off")
 TEXT_POLICIES = ("text", "control", "reject")
 
 
@@ -119,6 +120,14 @@ OPTIONS = (
     Option("host-index", "hosts", "which one this is", read=integer(0), metavar="I", unset="0"),
     Option("numerics", "model", "arithmetic", "reference", one_of(*NUMERICS), choices(NUMERICS)),
     Option("dtype", "model", "of activations", "bfloat16", one_of(*DTYPES), choices(DTYPES)),
+    Option(
+        "decode-weights",
+        "model",
+        "decode FP8 and FP4 weights once, to float32; auto: on a CPU, if they take 1 GiB at most",
+        "auto",
+        one_of(*DECODING),
+        choices(DECODING),
+    ),
     Option(
         "compile-cache",
         "operation",

@@ -128,6 +128,11 @@ class RawTurn:
         self._leads, self._follows = leads, follows
         self._stream: TokenStream | None = None
 
+    @property
+    def prompt_done(self) -> int:
+        """Tokens of the prompt that are computed so far; from any thread."""
+        return 0 if self._stream is None else self._stream.prompt_done
+
     def close(self) -> None:
         """Ends the work; from any thread, once `is_cancelled` says so."""
         if self._stream is not None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax import encoding
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.decoded import decode_once, decodes
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.compile_cache import use_compile_cache
@@ -58,6 +59,7 @@ class Plan:
     scheduling: SchedulerConfig
     sizes: Sizes
     shards: Shards
+    decodes: bool  # weights once, when they are loaded
 
 
 def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -> Plan:
@@ -97,8 +99,9 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     if guesses:
         say(f"guesses  {guesses} ahead by the MTP block, {args.speculate_mode} (--speculate)")
-    say(f"memory   {memory_plan(cfg, num, sizes, shards)}")
-    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards)
+    once = decodes(args.decode_weights, cfg, num, shards)
+    say(f"memory   {memory_plan(cfg, num, sizes, shards, once)}")
+    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards, once)
 
 
 def queue_limits(args: SimpleNamespace) -> QueueLimits:
@@ -234,7 +237,8 @@ def _where(plan: Plan) -> str:
     """What else decides the last bits of what is computed."""
     kind, mesh = jax.devices()[0].device_kind, plan.shards.mesh
     shape = shape_of(mesh) if isinstance(mesh, Mesh) else ""
-    return f"{BUILD} {kind} {shape} {plan.sizes.page_tokens} {plan.sizes.guesses}"
+    sizes = f"{plan.sizes.page_tokens} {plan.sizes.guesses} {plan.decodes}"
+    return f"{BUILD} {kind} {shape} {sizes}"
 
 
 def _compiling(service: Service, begin: float, done: int, total: int) -> None:
@@ -269,4 +273,5 @@ def _loaded(
         _tell(f"loading  {done} of {total} parts", done == total)
 
     spread = None if plan.shards.mesh is None else plan.shards
-    return load(folder, progress=progress, shards=spread)
+    cfg, params = load(folder, progress=progress, shards=spread)
+    return cfg, decode_once(params) if plan.decodes else params

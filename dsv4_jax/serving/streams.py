@@ -61,7 +61,8 @@ class EventStream(Generic[T]):
     """An ASGI response of server-sent events.
 
     Headers wait for the first items, at most `hold_s`, so that early failures keep their status;
-    later failures become an error event. Every `beat_s` without items a sign of life is sent.
+    later failures become an error event. Every `beat_s` without items a sign of life is sent, and
+    what `how_far` says, in a comment, which clients of server-sent events pass over.
     """
 
     job: Source[T]
@@ -70,6 +71,7 @@ class EventStream(Generic[T]):
     hold_s: float
     beat_s: float
     headers: dict[str, str] = field(default_factory=dict)
+    how_far: Callable[[], str] = str
     was_left: bool = field(default=False, init=False)  # the client did not wait for the end
     error: ApiError | None = field(default=None, init=False)  # that ended it
 
@@ -128,5 +130,6 @@ class EventStream(Generic[T]):
         send_bytes: Callable[[bytes], Coroutine[Any, Any, None]],
     ) -> Sequence[T] | None:
         while not (await asyncio.wait({following}, timeout=self.beat_s))[0]:
-            await send_bytes(self.encoder.beat)
+            told = self.how_far()
+            await send_bytes(self.encoder.beat + (f": {told}\n\n".encode() if told else b""))
         return following.result()

@@ -130,6 +130,11 @@ class Turn:
         counts = (self.completion_tokens, self.reasoning_tokens, self.cached_tokens or 0)
         return Finish(reason, *counts, stop)
 
+    @property
+    def prompt_done(self) -> int:
+        """Tokens of the prompt that are computed so far; from any thread."""
+        return 0 if self._stream is None else self._stream.prompt_done
+
     def close(self) -> None:
         """Ends the work; from any thread, once `is_cancelled` says so."""
         if self._stream is not None:

@@ -91,9 +91,11 @@ def test_a_dry_run_shows_the_plan_and_opens_no_port(capsys):
         command = ["--dry-run", "--max-len", "512", "--port", port, "--mesh"]
         assert main([*command, "tensor=1"]) == 0
         shown = capsys.readouterr().out
-        assert main([*command, "expert=4"]) == 0
-    assert "mesh expert=4" in capsys.readouterr().out
-    assert "context  512 of 32,768 tokens" in shown and "memory   weights 4.8 MB" in shown
+        assert main([*command, "expert=4", "--decode-weights", "off"]) == 0
+    elsewhere = capsys.readouterr().out
+    assert "mesh expert=4" in elsewhere and "memory   weights 4.3 MB," in elsewhere
+    assert "context  512 of 32,768 tokens" in shown
+    assert "memory   weights 12.9 MB (decoded once)," in shown
     assert "loading" not in shown
 
 

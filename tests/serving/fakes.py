@@ -77,6 +77,7 @@ class FakeStream:
         self.given = given
         self.tokens = tokens
         self.cached_tokens = 0
+        self.prompt_done = 3
         self.prompt_logprobs: Sequence[Token | None] | None = None
         self._model = model
         self._closed = threading.Event()

@@ -19,6 +19,7 @@ from jax import Array
 
 from dsv4_jax.cache import Cache, LayerCache, init_paged_cache, page_unit
 from dsv4_jax.config import CSA, ModelConfig
+from dsv4_jax.decoded import weight_bytes
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.placement import explain
 from dsv4_jax.sampling import Knobs, Logprobs
@@ -251,13 +252,19 @@ class Memory(NamedTuple):
     checkpoints: int
 
 
-def memory(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> Memory:
-    """What a configuration takes on each device, without allocating it, temporaries aside."""
+def memory(
+    cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE, decoded: bool = False
+) -> Memory:
+    """What a configuration takes on each device, without allocating it, temporaries aside.
+
+    decoded: weights are decoded once; then there is one device.
+    """
     state = jax.eval_shape(partial(init_state, cfg, num, sizes))
     layers = layers_of(state.cache)
     pages = bytes_of([[layer.get(name) for name in POOLS] for layer in layers])
     slots = bytes_of(layers) - pages + bytes_of((state.uses_SV, state.guesses))
-    weights = sum(row.device_bytes for row in explain(cfg, shards))
+    stored = sum(row.device_bytes for row in explain(cfg, shards))
+    weights = weight_bytes(cfg) if decoded else stored
     return Memory(weights, slots, pages, bytes_of(state.checkpoints))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from dsv4_jax import model
 from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.decoded import decoded_if_small
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.serving.engine.loop import Engine
@@ -50,7 +51,7 @@ def measure(
     max_len = -(-(len(PROMPT) + tokens + 1) // UNIT) * UNIT
     if max_len > cfg.max_len:
         raise ValueError(f"tokens={tokens} do not fit into the model's {cfg.max_len}")
-    params = model.init_params(cfg, jax.random.key(0))
+    params = decoded_if_small(cfg, num, model.init_params(cfg, jax.random.key(0)))
     page = page_for(num)
     room = batch * -(-max_len // page) * page
     scheduling, sizes = plan_sizes(cfg, max_len, batch, room, page)

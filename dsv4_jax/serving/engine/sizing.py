@@ -75,12 +75,14 @@ def plan_sizes(
     return scheduling, Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS, guesses, rejects)
 
 
-def memory_plan(cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE) -> str:
-    """What each device holds, by use, as a line to show."""
-    plan = memory(cfg, num, sizes, shards)
+def memory_plan(
+    cfg: ModelConfig, num: Numerics, sizes: Sizes, shards: Shards = SINGLE, decoded: bool = False
+) -> str:
+    """What each device holds, by use, as a line to show; `decoded`: see `device.memory`."""
+    plan = memory(cfg, num, sizes, shards, decoded)
     tokens = (sizes.pages - 1) * sizes.page_tokens
     parts = (
-        f"weights {_size(plan.weights)}",
+        f"weights {_size(plan.weights)}{' (decoded once)' if decoded else ''}",
         f"{sizes.slots} slots {_size(plan.slots)}",
         f"cache of {tokens:,} tokens {_size(plan.pages)}",
         f"{sizes.checkpoints} checkpoints {_size(plan.checkpoints)}",

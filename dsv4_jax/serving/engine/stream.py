@@ -142,6 +142,11 @@ class RequestStream:
         return self.request.cached_tokens
 
     @property
+    def prompt_done(self) -> int:
+        request, size = self.request, len(self.request.prompt)
+        return size if request.num_generated else min(request.committed, size)
+
+    @property
     def prompt_logprobs(self) -> Sequence[Token | None] | None:
         if self._payload.sampling.prompt_logprobs is None:
             return None

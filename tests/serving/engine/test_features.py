@@ -199,6 +199,7 @@ def test_choices_share_the_prefix_of_the_first(engine):
     ]
     said = [[token.id for token in stream] for stream in (first, *others)]
     assert first.cached_tokens == 0
+    assert first.prompt_done == len(first.request.prompt)
     assert [stream.cached_tokens for stream in others] == [384] * 3
     assert len({tuple(tokens) for tokens in said}) == 4
     forget_prefixes(engine)

@@ -154,12 +154,15 @@ def test_200_prompts_have_the_same_tokens_with_guesses_and_without():
     wanted = [ask(alone, index) for index in range(200)]
     alone.stop()
     engine = make_engine(2)
-    with little_room(engine, 7), ThreadPoolExecutor(64) as pool:
-        got = list(pool.map(lambda index: ask(engine, index), range(200)))
+    for _ in range(4):  # who meets whom, and so whether anyone has to give way, is not decided here
+        with little_room(engine, 7), ThreadPoolExecutor(64) as pool:
+            got = list(pool.map(lambda index: ask(engine, index), range(200)))
+        assert got == wanted
+        if metric(engine, "num_preemptions_total") > 0:
+            break
     with settled(engine):
         engine.scheduler.check()
     engine.stop()
-    assert got == wanted
     assert metric(engine, "num_preemptions_total") > 0
     assert metric(engine, "prefix_cache_hits_total") > 0
     accepted = metric(engine, "spec_decode_num_accepted_tokens_total")
