@@ -21,10 +21,11 @@ from dsv4_jax.norm import head_norm, rms_norm
 from dsv4_jax.numerics import linear
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.halo import from_left, own_part, rows_before
 from dsv4_jax.training.index_loss import IndexTerms, index_terms, no_terms
 from dsv4_jax.training.precision import dense, round_index, round_kv
 from dsv4_jax.training.program import Program
-from dsv4_jax.training.windows import Windows, compress_windows, visible
+from dsv4_jax.training.windows import Extent, Windows, compress_windows, visible
 
 NO_SCORE = -1e30
 MIN_TILE, MAX_TILE = 16, 256
@@ -32,19 +33,29 @@ SCORE_BUDGET = 1 << 25  # elements of one slice's score array
 
 
 class Layout(NamedTuple):
-    """What all layers of a batch share: its rotations, and windows by compress ratio."""
+    """What all layers of a batch share.
+
+    whole: the batch with all tokens of its rows, of which this device may hold a part.
+    windows: by compress ratio, those that end in this part, as indices of tokens that begin
+    `rows_before` in front of it. extents: of the windows of whole rows.
+    """
 
     batch: Batch
+    whole: Batch
     rope_window: Rotation
     rope_rows: Rotation
     windows: dict[int, Windows]
+    extents: dict[int, Extent]
 
 
 class Memory(NamedTuple):
-    """Compressed rows of a layer and, where an indexer runs, its queries and keys."""
+    """Compressed rows of a layer and, where an indexer runs, its queries and keys.
+
+    Rows and keys are those of all devices with a part of the same tokens' rows.
+    """
 
     rows_BCH: Array
-    windows: Windows
+    extent: Extent
     index_q_BTIJ: Array | None = None
     index_w_BTI: Array | None = None
     keys_BCJ: Array | None = None
@@ -65,16 +76,34 @@ def attention(
     kv_BTH = round_kv(rotate(kv_BTH, turn, num), cfg.rope_dim, precision)
     memory = None
     if ratio:
-        rows_BCH = compress_windows(w["compressor"], x_BTD, layout.windows[ratio], cfg, num)
-        memory = Memory(round_kv(rows_BCH, cfg.rope_dim, precision), layout.windows[ratio])
-    if memory and ratio == CSA and (program.sparse or program.index_loss):
-        memory = _with_index(w["indexer"], x_BTD, latent_BTQ, memory, turn, program)
-    out_BTNH, terms = attend(q_BTNH, kv_BTH, w["sink"], memory, layout.batch, program)
+        near_BSD = _with_left(x_BTD, rows_before(program.shards, ratio), program)
+        rows_BCH = _compressed(w["compressor"], near_BSD, layout, ratio, program)
+        memory = Memory(round_kv(rows_BCH, cfg.rope_dim, precision), layout.extents[ratio])
+        if ratio == CSA and (program.sparse or program.index_loss):
+            keys_BCJ = _compressed(
+                w["indexer"]["compressor"], lax.stop_gradient(near_BSD), layout, ratio, program
+            )
+            memory = memory._replace(keys_BCJ=round_index(keys_BCJ, precision))
+            memory = _with_queries(w["indexer"], x_BTD, latent_BTQ, memory, turn, program)
+    out_BTNH, terms = attend(q_BTNH, kv_BTH, w["sink"], memory, layout, program)
     out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
     return _project(w, out_BTNH, program), terms
 
 
-def _with_index(
+def _with_left(x: Array, rows: int, program: Program) -> Array:
+    """Own tokens behind the last `rows` of the left neighbour."""
+    return jnp.concatenate([from_left(program.shards, x, rows), x], axis=1) if rows else x
+
+
+def _compressed(
+    w: dict[str, Any], near_BSD: Array, layout: Layout, ratio: int, program: Program
+) -> Array:
+    """Compressed rows of all devices; each makes those that end in its part."""
+    found = compress_windows(w, near_BSD, layout.windows[ratio], program.cfg, program.num)
+    return program.shards.join(found, "context", 1)
+
+
+def _with_queries(
     w: dict[str, Any],
     x_BTD: Array,
     latent_BTQ: Array,
@@ -82,7 +111,7 @@ def _with_index(
     turn: Rotation,
     program: Program,
 ) -> Memory:
-    """Adds the indexer's side. It sees its inputs as constants and learns from its own loss."""
+    """Adds the indexer's queries. It sees inputs as constants and learns from its own loss."""
     cfg, num, precision = program.cfg, program.num, program.precision
     x_BTD, latent_BTQ = lax.stop_gradient((x_BTD, latent_BTQ))
     q_BTy = dense(latent_BTQ, w["wq_b"], precision)
@@ -90,9 +119,7 @@ def _with_index(
     q_BTIJ = round_index(rotate(q_BTIJ, per_head(turn), num), precision)
     scale = cfg.index_dim**-0.5 * cfg.index_heads**-0.5
     w_BTI = num.cast(linear(x_BTD, w["weights_proj"], num).astype(jnp.float32) * scale)
-    keys_BCJ = compress_windows(w["compressor"], x_BTD, memory.windows, cfg, num)
-    keys_BCJ = round_index(keys_BCJ, precision)
-    return memory._replace(index_q_BTIJ=q_BTIJ, index_w_BTI=w_BTI, keys_BCJ=keys_BCJ)
+    return memory._replace(index_q_BTIJ=q_BTIJ, index_w_BTI=w_BTI)
 
 
 def _project(w: dict[str, Any], out_BTNH: Array, program: Program) -> Array:
@@ -133,7 +160,7 @@ def attend(
     kv_BTH: Array,
     sink_N: Array,
     memory: Memory | None,
-    batch: Batch,
+    layout: Layout,
     program: Program,
 ) -> tuple[Array, IndexTerms]:
     """Attention output `[B, T, N, H]`, still rotated, and the indexer's terms."""
@@ -146,7 +173,7 @@ def attend(
     tiles = -(-length // tile)
     slices = -(-tiles // per)
     per = -(-tiles // slices)
-    parts = _cut(q_BTNH, kv_BTH, memory, batch, cfg.window, (tile, behind, per, slices))
+    parts = _cut(q_BTNH, kv_BTH, memory, layout, program, (tile, behind, per, slices))
     attend_part = partial(_attend_part, sink_N=sink_N, memory=memory, program=program)
     if slices == 1:
         out, terms = attend_part(jax.tree.map(lambda a: a[0], parts))
@@ -165,21 +192,26 @@ def _cut(
     q_BTNH: Array,
     kv_BTH: Array,
     memory: Memory | None,
-    batch: Batch,
-    window: int,
+    layout: Layout,
+    program: Program,
     sizes: tuple[int, int, int, int],
 ) -> _Part:
     """All slices, stacked along a new first dimension."""
     tile, behind, per, slices = sizes
+    batch, shards, window = layout.batch, program.shards, program.cfg.window
     rows, length = q_BTNH.shape[:2]
     total = per * slices * tile
+    halo = window - 1 if shards.count("context") > 1 else 0
 
     def tiled(a: Array, fill: int = 0) -> Array:
         edges = [(0, 0), (0, total - length)] + [(0, 0)] * (a.ndim - 2)
         return jnp.pad(a, edges, constant_values=fill).reshape(rows, -1, tile, *a.shape[2:])
 
-    def with_history(a: Array, fill: int = 0) -> Array:
-        front = jnp.pad(a, [(0, 0), (behind, 0)] + [(0, 0)] * (a.ndim - 2), constant_values=fill)
+    def with_history(a: Array, left: Array, fill: int = 0) -> Array:
+        """Every tile behind those in front of it; `left`: the last tokens before the first."""
+        edges = [(0, 0), (behind * tile - halo, 0)] + [(0, 0)] * (left.ndim - 2)
+        front = jnp.pad(left, edges, constant_values=fill).reshape(rows, behind, *a.shape[2:])
+        front = jnp.concatenate([front, a], axis=1)
         return jnp.concatenate([front[:, i : i + a.shape[1]] for i in range(behind + 1)], axis=2)
 
     def sliced(a: Array) -> Array:
@@ -193,13 +225,14 @@ def _cut(
     segment_Bnt = tiled(batch.segment_BT, -1)
     ago_tS = behind * tile + jnp.arange(tile)[:, None] - jnp.arange((behind + 1) * tile)[None]
     # -2: nothing in front of the row; padding sees padding, so that no softmax is empty
-    near_BntS = segment_Bnt[..., None] == with_history(segment_Bnt, -2)[:, :, None]
+    left_BS = own_part(shards, layout.whole.segment_BT, length, halo, -2)[:, :halo]
+    near_BntS = segment_Bnt[..., None] == with_history(segment_Bnt, left_BS, -2)[:, :, None]
     near_BntS &= ((ago_tS >= 0) & (ago_tS < window))[None, None]
     return _Part(
         sliced(tiled(q_BTNH)),
-        sliced(with_history(tiled(kv_BTH))),
+        sliced(with_history(tiled(kv_BTH), from_left(shards, kv_BTH, halo))),
         sliced(near_BntS),
-        queries(visible(memory.windows, batch)) if memory else None,
+        queries(visible(memory.extent, batch)) if memory else None,
         queries(memory.index_q_BTIJ) if memory and memory.index_q_BTIJ is not None else None,
         queries(memory.index_w_BTI) if memory and memory.index_w_BTI is not None else None,
         queries(batch.segment_BT > 0),

@@ -11,11 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.exchange import Tokens, exchange
+from dsv4_jax.moe import swiglu
 from dsv4_jax.numerics import linear_f32
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.grouped import Plan, from_slots, grouped_linear, plan_rows, to_slots
+from dsv4_jax.training.halo import document_sums
 from dsv4_jax.training.precision import Precision, dense, round_activations
 from dsv4_jax.training.program import Program
+from sharding.shards import SINGLE, Shards
 
 TINY = 1.1754944e-38  # the square root has no usable slope below
 
@@ -23,11 +26,11 @@ TINY = 1.1754944e-38  # the square root has no usable slope below
 class RouterTerms(NamedTuple):
     """count_E: rows sent to every expert, int32, padding excluded. balance: the balance loss
     summed over documents, each weighted by its number of tokens (0 in hash layers).
-    experts_UA: the choice itself, int32, ascending per token."""
+    experts_BTA: the choice itself, int32, ascending per token."""
 
     count_E: Array
     balance: Array
-    experts_UA: Array
+    experts_BTA: Array
 
 
 def moe(
@@ -35,21 +38,22 @@ def moe(
     x_BTD: Array,
     batch: Batch,
     program: Program,
-    given_UA: Array | None = None,
+    given_BTA: Array | None = None,
 ) -> tuple[Array, RouterTerms]:
     """Routed and shared experts of one layer.
 
-    given_UA: expert indices to use instead of this layer's choice (anticipatory routing); their
+    given_BTA: expert indices to use instead of this layer's choice (anticipatory routing); their
     weights still come from this layer's scores. Hash layers ignore it: their choice is fixed.
     """
     cfg, num = program.cfg, program.num
     x_UD, real_U = x_BTD.reshape(-1, cfg.dim), (batch.segment_BT > 0).reshape(-1)
     scores_UE = router_scores(x_UD, w["gate"]["weight"])
+    given_UA = None if given_BTA is None else given_BTA.reshape(-1, given_BTA.shape[-1])
     experts_UA = choose(w["gate"], scores_UE, batch.tokens_BT.reshape(-1), cfg, given_UA)
     weights_UA = jnp.take_along_axis(scores_UE, experts_UA, axis=-1)
     weights_UA = weights_UA / (weights_UA.sum(axis=-1, keepdims=True) + 1e-20) * cfg.routed_scale
     routed_UD = _routed(w["experts"], Tokens(x_UD, experts_UA, weights_UA, real_U), program)
-    hidden_UF = _gated(
+    hidden_UF = swiglu(
         dense(x_UD, w["shared"]["w1"], program.precision),
         dense(x_UD, w["shared"]["w3"], program.precision),
         cfg,
@@ -58,8 +62,9 @@ def moe(
     out_UD = num.cast(routed_UD + shared_UD.astype(jnp.float32))
     balance = jnp.zeros((), jnp.float32)
     if "bias" in w["gate"]:
-        balance = balance_loss(scores_UE, batch, cfg)
-    terms = RouterTerms(_counts(experts_UA, real_U, cfg.num_experts), balance, experts_UA)
+        balance = balance_loss(scores_UE, batch, cfg, program.shards)
+    experts_BTA = experts_UA.reshape(*batch.tokens_BT.shape, -1)
+    terms = RouterTerms(_counts(experts_UA, real_U, cfg.num_experts), balance, experts_BTA)
     return out_UD.reshape(x_BTD.shape), terms
 
 
@@ -84,15 +89,6 @@ def choose(
         biased_UE = lax.stop_gradient(scores_UE) + lax.stop_gradient(gate["bias"])[None]
         experts_UA = lax.top_k(biased_UE, cfg.experts_per_token)[1]
     return checkpoint_name(jnp.sort(experts_UA, axis=-1), "decision")
-
-
-def _gated(gate: Array, up: Array, cfg: ModelConfig) -> Array:
-    """silu(clamped gate) · clamped up, float32."""
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if cfg.swiglu_limit:
-        gate = jnp.minimum(gate, cfg.swiglu_limit)
-        up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
-    return jax.nn.silu(gate) * up
 
 
 def _counts(experts_UA: Array, real_U: Array, num_experts: int) -> Array:
@@ -128,25 +124,24 @@ def _local_sum(
     weight_S1 = to_slots(weights_UA.reshape(-1, 1), plan)
     x_SD = round_activations(x_SD, precision)
     gate_SF = grouped_linear(x_SD, w["w1"], plan)
-    hidden_SF = _gated(gate_SF, grouped_linear(x_SD, w["w3"], plan), cfg) * weight_S1
+    hidden_SF = swiglu(gate_SF, grouped_linear(x_SD, w["w3"], plan), cfg) * weight_S1
     out_SD = grouped_linear(round_activations(num.cast(hidden_SF), precision), w["w2"], plan)
     return from_slots(out_SD, plan).reshape(tokens, per_token, -1).astype(jnp.float32).sum(axis=1)
 
 
-def balance_loss(scores_UE: Array, batch: Batch, cfg: ModelConfig) -> Array:
+def balance_loss(
+    scores_UE: Array, batch: Batch, cfg: ModelConfig, shards: Shards = SINGLE
+) -> Array:
     """Σ over documents of tokens · Σ_i f_i · P_i; divided by all tokens, 1 where balanced.
 
     f counts the best-scored experts (without bias) and is a constant; P is the mean share of the
     scores. Both are taken over a document's tokens in its row.
     """
-    rows, length = batch.tokens_BT.shape
     best_UA = lax.top_k(lax.stop_gradient(scores_UE), cfg.experts_per_token)[1]
     chosen_UE = jax.nn.one_hot(best_UA, cfg.num_experts, dtype=jnp.int32).sum(axis=1)
-    # a row's documents get numbers of their own; integer sums have no order
-    row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None] * (length + 1)
-    document_U = (row_B1 + batch.segment_BT).reshape(-1)
     chosen_UE = jnp.concatenate([chosen_UE, jnp.ones_like(chosen_UE[:, :1])], axis=1)
-    sums = jax.ops.segment_sum(chosen_UE, document_U, rows * (length + 1))[document_U]
+    sums = document_sums(chosen_UE.reshape(*batch.tokens_BT.shape, -1), batch.segment_BT, shards)
+    sums = sums.reshape(chosen_UE.shape)
     f_UE = sums[:, :-1] / sums[:, -1:] * (cfg.num_experts / cfg.experts_per_token)
     share_UE = scores_UE / scores_UE.sum(axis=-1, keepdims=True)
     real_U1 = (batch.segment_BT > 0).reshape(-1, 1)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv4_jax.config import ModelConfig
 from dsv4_jax.mhc import HyperHead
 from dsv4_jax.model import is_scanned
 from dsv4_jax.norm import rms_norm
@@ -18,12 +17,13 @@ from dsv4_jax.schedule import Group, LayerKind, layer_groups
 from dsv4_jax.training.attention import Layout, attention
 from dsv4_jax.training.batch import Batch, ahead
 from dsv4_jax.training.experts import RouterTerms, moe
+from dsv4_jax.training.halo import own_part, rows_before, whole_rows
 from dsv4_jax.training.hyper import feed, spread
 from dsv4_jax.training.index_loss import IndexTerms
 from dsv4_jax.training.joined import join
 from dsv4_jax.training.precision import dense
 from dsv4_jax.training.program import Program
-from dsv4_jax.training.windows import find_windows
+from dsv4_jax.training.windows import extent, find_windows
 
 Params = dict[str, Any]
 
@@ -51,11 +51,11 @@ def forward(program: Program, params: Params, batch: Batch, routes: Any = None) 
     """Hidden states and terms of a packed batch.
 
     params: of one device's part on a mesh, but for `top`, which is joined already.
-    routes: expert indices to use, shaped like `terms[g][i].router.experts_UA`; None: each layer
+    routes: expert indices to use, shaped like `terms[g][i].router.experts_BTA`; None: each layer
     chooses. The MTP block always chooses for itself.
     """
     cfg, num = program.cfg, program.num
-    layout = _layout(cfg, batch)
+    layout = _layout(program, batch)
     x_BTD = num.cast(params["top"]["embed"][batch.tokens_BT])
     h_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.dim))
     terms = []
@@ -73,10 +73,18 @@ def forward(program: Program, params: Params, batch: Batch, routes: Any = None) 
     return Hidden(y_BTD, mtp_BTD, terms, mtp_terms)
 
 
-def _layout(cfg: ModelConfig, batch: Batch) -> Layout:
+def _layout(program: Program, batch: Batch) -> Layout:
+    cfg, shards, length = program.cfg, program.shards, batch.tokens_BT.shape[1]
     window, rows = (rotation(frequencies(cfg, kind), batch.position_BT) for kind in (False, True))
-    ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio})
-    return Layout(batch, window, rows, {ratio: find_windows(batch, ratio) for ratio in ratios})
+    whole, windows, extents = whole_rows(shards, batch), {}, {}
+    for ratio in sorted({ratio for ratio in cfg.compress_ratios if ratio}):
+        before = rows_before(shards, ratio)
+        near = jax.tree.map(lambda x, n=before: own_part(shards, x, length, n), whole)
+        windows[ratio] = find_windows(near, ratio, before)
+        extents[ratio] = jax.tree.map(
+            lambda x_BC: shards.join(x_BC, "context", 1), extent(windows[ratio], ratio)
+        )
+    return Layout(batch, whole, window, rows, windows, extents)
 
 
 def _run_group(
@@ -112,14 +120,14 @@ def block(
     w: Params,
     h_BTMD: Array,
     layout: Layout,
-    given_UA: Array | None = None,
+    given_BTA: Array | None = None,
 ) -> tuple[Array, LayerTerms]:
     """One layer: attention and MoE, each behind a norm and a hyper-connection."""
     x_BTD, mix = feed(program, w["hc_attn"], w["attn_norm"], h_BTMD)
     a_BTD, index = attention(w["attn"], x_BTD, layout, kind.ratio, program)
     h_BTMD = spread(program, a_BTD, h_BTMD, mix)
     x_BTD, mix = feed(program, w["hc_ffn"], w["ffn_norm"], h_BTMD)
-    f_BTD, router = moe(w["ffn"], x_BTD, layout.batch, program, given_UA)
+    f_BTD, router = moe(w["ffn"], x_BTD, layout.batch, program, given_BTA)
     return spread(program, f_BTD, h_BTMD, mix), LayerTerms(router, index)
 
 
@@ -131,16 +139,19 @@ def _mtp(
     A document's last token has no next one: here it is padding, so that the embedding of its
     neighbour is not routed, counted or balanced.
     """
-    cfg, num, batch = program.cfg, program.num, layout.batch
+    cfg, num, shards = program.cfg, program.num, program.shards
     w = join(program, mtp_specs(cfg), params["mtp"][0])
-    next_BT = ahead(batch.tokens_BT, 1)
-    inside_BT = ahead(batch.segment_BT, 1) == batch.segment_BT
-    inner = batch._replace(segment_BT=jnp.where(inside_BT, batch.segment_BT, 0))
+    whole, length = layout.whole, layout.batch.tokens_BT.shape[1]
+    next_BT = own_part(shards, ahead(whole.tokens_BT, 1), length)
+    inside_BT = ahead(whole.segment_BT, 1) == whole.segment_BT
+    whole = whole._replace(segment_BT=jnp.where(inside_BT, whole.segment_BT, 0))
+    inner = jax.tree.map(lambda x: own_part(shards, x, length), whole)
+    layout = layout._replace(batch=inner, whole=whole)
     e_BTD = rms_norm(num.cast(params["top"]["embed"][next_BT]), w["enorm"], cfg.norm_eps, num)
     e_BTD = dense(e_BTD, w["e_proj"], program.precision)
     s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
     s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)
     x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
-    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout._replace(batch=inner))
+    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout)
     y_BTD: Any = HyperHead(cfg, num).apply({"params": w["hc_head"]}, x_BTMD)
     return rms_norm(y_BTD, w["norm"], cfg.norm_eps, num), terms

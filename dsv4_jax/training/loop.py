@@ -20,6 +20,7 @@ from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.checkpoint import Checkpoints
 from dsv4_jax.training.data.source import Prefetch, Rows
 from dsv4_jax.training.guard import Guard
+from dsv4_jax.training.halo import check_length
 from dsv4_jax.training.init import init_params
 from dsv4_jax.training.metrics import Reporter, Silence
 from dsv4_jax.training.placing import (
@@ -235,6 +236,7 @@ class Trainer:
     def _check_batches(self) -> None:
         for stage in self.plan.stages:
             self.run.microbatches(stage.rows, self.shards.count("batch"))
+            check_length(self.run.model, self.shards, stage.phase.seq_len)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

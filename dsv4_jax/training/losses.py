@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv4_jax.config import CSA
-from dsv4_jax.training.batch import Batch, ahead, target_mask
+from dsv4_jax.training.batch import Batch, target_mask
 from dsv4_jax.training.cross_entropy import cross_entropy
 from dsv4_jax.training.forward import Hidden, LayerTerms, forward
+from dsv4_jax.training.halo import targets
 from dsv4_jax.training.index_loss import IndexTerms
 from dsv4_jax.training.joined import join_top
 from dsv4_jax.training.program import Program
@@ -110,7 +111,7 @@ def objective(
         "groups": [[t.router.count_E for t in group] for group in hidden.terms],
         "mtp": [hidden.mtp_terms.router.count_E] if hidden.mtp_terms is not None else [],
     }
-    chosen = [[t.router.experts_UA for t in group] for group in hidden.terms]
+    chosen = [[t.router.experts_BTA for t in group] for group in hidden.terms]
     return total, Aux(jax.lax.stop_gradient(metrics), loads, chosen)
 
 
@@ -120,9 +121,10 @@ def _token_losses(
     head_VD = params["top"]["head"]
 
     def loss(y_BTD: Array, steps: int, total: Array) -> Array:
-        target_U = ahead(batch.tokens_BT, steps).reshape(-1)
-        weight_U = target_mask(batch, steps).reshape(-1) / jnp.maximum(total, 1.0)
-        return cross_entropy(y_BTD.reshape(-1, y_BTD.shape[-1]), head_VD, target_U, weight_U)
+        target_BT, learnt_BT = targets(program.shards, batch, steps)
+        weight_U = learnt_BT.reshape(-1) / jnp.maximum(total, 1.0)
+        y_UD = y_BTD.reshape(-1, y_BTD.shape[-1])
+        return cross_entropy(y_UD, head_VD, target_BT.reshape(-1), weight_U)
 
     main = loss(hidden.y_BTD, 1, counts.targets)
     if hidden.mtp_BTD is None:

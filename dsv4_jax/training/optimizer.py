@@ -9,25 +9,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from optax.contrib import MuonDimensionNumbers
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import is_scanned
 from dsv4_jax.placement import param_specs
 from dsv4_jax.training.leaves import Place, map_places
-from dsv4_jax.training.muon import scale_by_muon
+from dsv4_jax.training.muon import UPDATE_RMS, scale_by_muon
 from dsv4_jax.training.owners import orthogonalise_owned
 from dsv4_jax.training.partition import is_view, view, views
 from sharding.shards import SINGLE, Shards
 
 LEARN = ("trunk", "indexer", "all")
-MATRICES = ("muon", "adamw")
+MATRICES = ("muon", "adamw", "optax_muon")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Hyper-parameters that do not change during a run; defaults are the published ones.
 
-    matrices: "muon", or "adamw" to let AdamW move every leaf (for comparisons).
+    matrices: "muon"; for comparisons "adamw", which moves every leaf by AdamW, or "optax_muon",
+    which moves whole leaves by optax's own Muon (five steps of Newton–Schulz in float32 whatever
+    `ns_dtype`, momentum as a mean).
     decay: decoupled weight decay of every learning leaf. clip: bound of the gradient's global norm,
     separately for indexers and everything else; 0: none. ns_dtype: operands of Newton–Schulz.
 
@@ -76,6 +79,8 @@ def make_optimizer(
         raise ValueError(f"learn={learn!r} must be one of {LEARN}")
     decay = optax.add_decayed_weights(opt.decay)
     muon = _muon(opt, cfg, params, shards)
+    if opt.matrices == "optax_muon":
+        muon = _optax_muon(opt)
     adam = optax.scale_by_adam(opt.b1, opt.b2, opt.eps)
     rules = {"muon": optax.chain(muon, decay), "adamw": optax.chain(adam, decay)}
     transforms: dict[Any, Any] = {"none": optax.set_to_zero()}
@@ -88,7 +93,7 @@ def make_optimizer(
         if group == "none":
             return group
         side = "indexer" if place.is_index else "trunk"
-        return f"{side} {group if opt.matrices == 'muon' else 'adamw'}"
+        return f"{side} {'adamw' if opt.matrices == 'adamw' else group}"
 
     return optax.partition(transforms, map_places(label, cfg, params))
 
@@ -107,6 +112,20 @@ def _muon(
         return orthogonalise_owned(leaves, which, where, dtype, shards)
 
     return scale_by_muon(both, opt.momentum, factor=owned)
+
+
+def _optax_muon(opt: OptimizerConfig) -> optax.GradientTransformation:
+    """Directions of `optax.contrib.muon` with the same root mean square; all leaves are Muon's."""
+
+    def dimensions(params: Any) -> Any:  # leaves are [..., out, in]
+        return jax.tree.map(lambda p: MuonDimensionNumbers(p.ndim - 1, p.ndim - 2), params)
+
+    return optax.contrib.muon(
+        learning_rate=-1.0,  # the caller turns the sign
+        beta=opt.momentum,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=UPDATE_RMS,
+    )
 
 
 def frozen(rule: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -80,7 +80,7 @@ def _kind(part: Array, view: View, spec: PartitionSpec, shards: Shards) -> _Kind
     out, width = entries[-2:]
     assert not (out and width), "a matrix is cut along one of its dimensions"
     used = {axis for axes in entries for axis in axes}
-    same = tuple(axis for axis in shards.axes("batch") if axis not in used)
+    same = tuple(axis for axis in shards.token_axes if axis not in used)
     shape = (part.shape[-2], part.shape[-1])
     return _Kind(shape, view, 0 if out else 1, out or width, same)
 

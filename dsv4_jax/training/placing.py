@@ -30,7 +30,7 @@ def make_shards(text: str) -> Shards:
     devices = jax.devices()
     if jax.process_count() == 1:
         devices = devices[: shape.num_devices]
-    return Shards(make_mesh(shape, devices), TRAIN)
+    return Shards(make_mesh(shape, devices), TRAIN, split=True)
 
 
 def check_axes(shape: MeshShape) -> None:
@@ -39,22 +39,23 @@ def check_axes(shape: MeshShape) -> None:
     Raises:
         ValueError: it cannot split over one of them.
     """
-    refused = [axis for axis, size in shape.sizes().items() if size > 1 and axis not in BATCH]
+    known = (*BATCH, "context")
+    refused = [axis for axis, size in shape.sizes().items() if size > 1 and axis not in known]
     if refused:
         raise ValueError(
-            f"mesh {shape}: a training step splits over {', '.join(BATCH)}; "
+            f"mesh {shape}: a training step splits over {', '.join(known)}; "
             f"{', '.join(refused)} is for inference"
         )
 
 
 def row_spec(shards: Shards) -> PartitionSpec:
     """Of batches `[microbatches, B, T]`."""
-    return PartitionSpec(None, shards.axes("batch") or None)
+    return PartitionSpec(None, shards.axes("batch") or None, shards.axes("context") or None)
 
 
 def route_spec(shards: Shards, ndim: int) -> PartitionSpec:
-    """Of chosen experts: tokens are the last dimension but one."""
-    return PartitionSpec(*[None] * (ndim - 2), shards.axes("batch") or None)
+    """Of chosen experts `[…, B, T, A]`."""
+    return PartitionSpec(*[None] * (ndim - 4), *row_spec(shards))
 
 
 def state_specs(cfg: ModelConfig, state: Any, shards: Shards, scan: bool) -> Any:
@@ -102,7 +103,8 @@ def rows_here(shards: Shards, micro: int, rows: int) -> np.ndarray:
     number = np.arange(rows).reshape(micro, -1, 1)
     if shards.mesh is None:
         return number.reshape(-1)
-    where = named(shards, row_spec(shards)).addressable_devices_indices_map(number.shape)
+    spec = PartitionSpec(*row_spec(shards)[:2])
+    where = named(shards, spec).addressable_devices_indices_map(number.shape)
     return np.unique(np.concatenate([number[index].reshape(-1) for index in where.values()]))
 
 

@@ -17,6 +17,7 @@ from dsv4_jax.preflight import slices
 from dsv4_jax.preflight.compile import Report
 from dsv4_jax.preflight.programs import Program as Compiled
 from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.halo import check_length
 from dsv4_jax.training.init import InitConfig, init_params
 from dsv4_jax.training.leaves import places
 from dsv4_jax.training.muon import COEFFICIENTS
@@ -75,8 +76,9 @@ def run(
     """
     kind, devices = generation(topology), topology_devices(topology)
     cfg = cfg.replace(dense_format=None, expert_format=None)
-    shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange)
+    shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange, split=True)
     check(cfg, shards, sizes.batch)
+    check_length(cfg, shards, sizes.length)
     micro = microbatches(sizes, shards.count("batch"))
     program = Program(cfg, Precision("bfloat16"), remat="group", shards=shards)
     state = state_of(program)

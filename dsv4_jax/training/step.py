@@ -135,7 +135,7 @@ def _over_mesh(
     assert isinstance(shards.mesh, Mesh)
     placed = param_specs(cfg, shards, is_scanned(cfg, params))
     rows, whole = row_spec(shards), PartitionSpec()
-    tokens = shards.axes("batch")
+    tokens = shards.token_axes
 
     def total(grad: Array, spec: PartitionSpec) -> Array:
         """Where a weight is split, every device has all of its own part's gradient."""
@@ -258,7 +258,7 @@ def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
 
         def one(micro: Batch) -> Any:
             terms = forward(program, top, micro).terms
-            return [[t.router.experts_UA for t in group] for group in terms]
+            return [[t.router.experts_BTA for t in group] for group in terms]
 
         return lax.map(one, batch)
 

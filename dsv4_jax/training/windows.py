@@ -40,16 +40,19 @@ class Windows(NamedTuple):
     has_before_BC: Array
 
 
-def find_windows(batch: Batch, ratio: int) -> Windows:
-    """Windows of `ratio` tokens of every document."""
+def find_windows(batch: Batch, ratio: int, before: int = 0) -> Windows:
+    """Windows of `ratio` tokens of every document.
+
+    before: tokens at the front that belong to another device; so do windows that end there.
+    """
     rows, length = batch.tokens_BT.shape
-    count = max(length // ratio, 1)
+    count = max((length + (ratio - 1 if before else 0)) // ratio, 1)  # the first may have begun
     step_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
     offset_BT = batch.position_BT % ratio
     is_end_BT = (offset_BT == ratio - 1) & (batch.segment_BT > 0)
     end_BC = jnp.sort(jnp.where(is_end_BT, step_BT, length), axis=1)[:, :count]
     end_BC = jnp.pad(end_BC, ((0, 0), (0, count - end_BC.shape[1])), constant_values=length)
-    exists_BC, last_BC = end_BC < length, jnp.minimum(end_BC, length - 1)
+    exists_BC, last_BC = (before <= end_BC) & (end_BC < length), jnp.minimum(end_BC, length - 1)
     segment_BC = jnp.where(exists_BC, _at(batch.segment_BT, last_BC), -1)
     start_BC = jnp.where(exists_BC, _at(batch.position_BT, last_BC) - ratio + 1, 0)
     has_before_BC = exists_BC & (start_BC >= ratio)
@@ -86,11 +89,21 @@ def _at(x_BT: Array, index_BJ: Array) -> Array:
     return jnp.take_along_axis(x_BT, index_BJ, axis=1)
 
 
-def visible(windows: Windows, batch: Batch) -> Array:
+class Extent(NamedTuple):
+    """Where windows lie: their document, -1 if there is none, and the last token's position."""
+
+    segment_BC: Array
+    last_BC: Array
+
+
+def extent(windows: Windows, ratio: int) -> Extent:
+    return Extent(windows.segment_BC, windows.start_BC + ratio - 1)
+
+
+def visible(windows: Extent, batch: Batch) -> Array:
     """Which windows each token may see: complete ones of its own document, bool `[B, T, C]`."""
-    step_T = jnp.arange(batch.tokens_BT.shape[1], dtype=jnp.int32)
     same_BTC = batch.segment_BT[:, :, None] == windows.segment_BC[:, None]
-    return same_BTC & (windows.end_BC[:, None] <= step_T[None, :, None])
+    return same_BTC & (windows.last_BC[:, None] <= batch.position_BT[..., None])
 
 
 def compress_windows(

@@ -36,8 +36,9 @@ KNOBS = Knobs(*(np.float32(x) for x in (1e-2, 0.3, 0.01, 1.0, 1e-3, np.inf, np.i
 SMALL = CONFIG.replace(num_layers=1, compress_ratios=(0,), num_hash_layers=0, num_mtp_layers=0)
 MESHES = ["fsdp=8", "expert=4", "fsdp=2,expert=4", "data=2,fsdp=2,expert=2", "data=2,fsdp=4"]
 QUANTISED = Precision(experts="fp4", dense="fp8", activations=True, index=True, kv=True)
-# Gradients that add terms of either sign over all tokens keep fewer digits of the largest entry.
-CANCELLING = ("scale", "base")
+# Gradients that add terms of either sign over all tokens keep fewer digits of the largest entry:
+# splitting rows over `data` alone, which computes the same terms, moves them by up to 9e-5.
+CANCELLING = ("scale", "base", "sink")
 
 
 def batch_of(micro):
@@ -51,7 +52,7 @@ class Case:
     def __init__(self, cfg, **choices):
         mtp = cfg.num_mtp_layers > 0
         self.program = Program(cfg, mtp=mtp, index_loss=4 in cfg.compress_ratios, **choices)
-        self.params, self.batch = random_params(cfg), batch_of(2)
+        self.params, self.batch = random_params(cfg), self.make_batch()
         self.state = init_state(self.program, OptimizerConfig(), self.params)
         rng = np.random.default_rng(0)
         self.drawn = jax.tree.map(
@@ -60,6 +61,9 @@ class Case:
         self.grads, self.aux = Compiled(partial(gradients, self.program, WEIGHTS))(
             self.params, self.batch
         )
+
+    def make_batch(self):
+        return batch_of(2)
 
     def on(self, mesh):
         """The program on a mesh, and a function that places trees there."""
@@ -81,7 +85,7 @@ class Case:
         for (path, got), want in zip(
             jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(self.grads), strict=True
         ):
-            bound = 5e-5 if path[-1].key in CANCELLING else 1e-5
+            bound = 1e-4 if path[-1].key in CANCELLING else 1e-5
             assert worst(got, want) <= bound, jax.tree_util.keystr(path)
 
     def check_update(self, mesh):
@@ -182,8 +186,10 @@ def test_rows_lie_where_the_mesh_says():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("context=2", "a training step splits over data, fsdp, expert; context is for inference"),
-        ("fsdp=2,tensor=2", "tensor is for inference"),
+        (
+            "fsdp=2,tensor=2",
+            "a training step splits over data, fsdp, expert, context; tensor is for inference",
+        ),
         ("model=2", "an axis of data, fsdp"),
         ("fsdp=64", "64 devices"),
     ],

@@ -11,7 +11,7 @@ from dsv4_jax.params import count_params
 from dsv4_jax.training.init import InitConfig, init_params
 from dsv4_jax.training.leaves import map_places, places
 from dsv4_jax.training.muon import orthogonalise, scale_by_muon
-from dsv4_jax.training.optimizer import OptimizerConfig, clip, make_optimizer
+from dsv4_jax.training.optimizer import OptimizerConfig, _optax_muon, clip, make_optimizer
 from dsv4_jax.training.partition import View, join, labels, split, view, views
 from tests.training.support import CONFIG, random_params
 
@@ -66,6 +66,18 @@ def test_momentum_equals_optax_without_nesterov():
         y, b = theirs.update(grads, b, params)
         x, y = (np.asarray(z["w"]) / np.linalg.norm(z["w"]) for z in (x, y))
         assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
+
+
+def test_optax_muon_moves_every_matrix_of_a_stack_alone():
+    """With our root mean square, of its own momentum; matrices are a leaf's last dimensions."""
+    rule = _optax_muon(OptimizerConfig(matrices="optax_muon"))
+    grads = {"w": jax.random.normal(jax.random.key(0), (2, 24, 16))}
+    both, _ = jax.jit(rule.update)(grads, rule.init(grads), grads)
+    one = {"w": grads["w"][1]}
+    alone, _ = jax.jit(rule.update)(one, rule.init(one), one)
+    np.testing.assert_allclose(both["w"][1], alone["w"], atol=1e-6)
+    assert abs(np.sqrt((np.asarray(both["w"]) ** 2).mean()) - 0.18) < 0.03  # five steps only
+    assert (np.asarray(both["w"]) * np.asarray(grads["w"])).sum() > 0
 
 
 def test_split_and_join_are_inverse():

@@ -75,7 +75,7 @@ def test_two_processes_equal_one(tmp_path):
     [
         (["--hosts", "2"], "need --coordinator"),
         (["--coordinator", "localhost:1", "--hosts", "2", "--host-index", "2"], "less than"),
-        (["--mesh", "context=2"], "context is for inference"),
+        (["--mesh", "tensor=2"], "tensor is for inference"),
     ],
 )
 def test_flags_that_contradict_each_other(args, message, tmp_path, capsys):
