@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     ap.add_argument(
         "--mesh",
         metavar="AXIS=N,…",
-        help="devices that share a step: of data, fsdp and expert; the same as mesh=AXIS=N,…",
+        help="devices that share a step: data, fsdp, expert, context; the same as mesh=AXIS=N,…",
     )
     ap.add_argument(
         "--coordinator",
