@@ -3,6 +3,7 @@
 python scripts/train.py --config tiny --run-dir runs/tiny data.train=runs/tiny-data
 python scripts/train.py --config my_run.py --run-dir runs/mine schedule.lr=1e-3 seed=1
 python scripts/train.py --config my_run.py --run-dir runs/mine --mesh fsdp=4,expert=2
+python scripts/train.py --config my_run.py … start_from=DIR        a converted checkpoint, or a run
 python scripts/train.py --config my_run.py … --mesh fsdp=8,expert=16 --coordinator auto    per host
 """
 
@@ -67,9 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         from sharding.processes import join
 
         join(args.coordinator, args.hosts, args.host_index)
+        from checkpoints.load import load_checkpoint
         from dsv4_jax.training.loop import Trainer
 
-        trainer = Trainer(run, args.run_dir or f"runs/{run.name}")
+        trainer = Trainer(run, args.run_dir or f"runs/{run.name}", load=load_checkpoint)
         complete = trainer.train(args.until)
         trainer.close()
     except (ValueError, OSError) as error:

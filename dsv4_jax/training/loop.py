@@ -30,7 +30,7 @@ from dsv4_jax.training.placing import (
     placed_shapes,
     rows_here,
 )
-from dsv4_jax.training.restore import MODEL_FILE, newest_params
+from dsv4_jax.training.restore import MODEL_FILE, Load, first_params
 from dsv4_jax.training.run import RunConfig
 from dsv4_jax.training.schedules import Moment
 from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step, routing_pass
@@ -39,12 +39,21 @@ from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step, rou
 class Trainer:
     """One run in one directory.
 
+    load: reads converted checkpoints, which a run may start from (`load_checkpoint`).
+
     Raises:
         ValueError: the directory belongs to a run with another model or seed, or data or devices
             do not fit the configuration.
     """
 
-    def __init__(self, run: RunConfig, run_dir: str | Path, out: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        run_dir: str | Path,
+        out: TextIO | None = None,
+        load: Load | None = None,
+    ) -> None:
+        self._load = load
         self.run, self.dir, self.plan = run, Path(run_dir), run.plan()
         self.shards = make_shards(run.mesh)
         self._check_batches()
@@ -169,16 +178,17 @@ class Trainer:
         return self._new_state(), 0
 
     def _new_state(self) -> TrainState:
-        """Random parameters or those of another run, and empty slots; made where they will lie."""
+        """First parameters and empty slots, made where they will lie."""
         run, args = self.run, ()
         make: Callable[..., TrainState] = self._random_state
         if run.start_from:
             make = self._with_slots
-            args = (newest_params(run.start_from, run.model, run.scan, self.shards),)
+            args = (first_params(run.start_from, run.model, run.scan, self.shards, self._load),)
         if self.shards.mesh is None:
             return make(*args)
         where = jax.tree.map(lambda shape: shape.sharding, self._like())
-        return jax.jit(make, out_shardings=where)(*args)
+        donated = tuple(range(len(args)))  # parameters never lie there twice
+        return jax.jit(make, out_shardings=where, donate_argnums=donated)(*args)
 
     def _random_state(self) -> TrainState:
         key = jax.random.key(self.run.seed)

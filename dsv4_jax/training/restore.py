@@ -1,9 +1,9 @@
-"""A run's newest parameters, and their conversion into units for checkpoints that are served."""
+"""Parameters a run begins with, its newest ones, and these as units of checkpoints for serving."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dsv4_jax.training.placing import placed_shapes
 from sharding.shards import SINGLE, Shards
 
 MODEL_FILE = "model.json"
+Load = Callable[..., tuple[ModelConfig, Params]]  # what reads converted checkpoints
 
 
 def model_of(run_dir: str | Path) -> ModelConfig:
@@ -36,6 +37,35 @@ def model_of(run_dir: str | Path) -> ModelConfig:
         raise ValueError(f"{run_dir} holds no run: {path.name} is missing")
     cfg = ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
     return cfg.replace(dense_format=None, expert_format=None)
+
+
+def first_params(
+    source: str, cfg: ModelConfig, scan: bool, shards: Shards, load: Load | None
+) -> Params:
+    """Parameters of a run or of a converted checkpoint, float32 and grouped, where they will lie.
+
+    load: `checkpoints.load.load_checkpoint`.
+
+    Raises:
+        ValueError: `source` is neither, or its weights are of another shape than `cfg`'s.
+    """
+    if load is None or (Path(source) / MODEL_FILE).is_file():
+        return newest_params(source, cfg, scan, shards)
+    placed = None if shards.mesh is None else shards
+    found, params = load(source, scan=scan, dense_dtype=jnp.float32, shards=placed)
+    mine, theirs = _shapes(cfg), _shapes(found)
+    odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
+    if odd:
+        raise ValueError(
+            f"start_from={source}: {odd[0]} is {theirs.get(odd[0], 'missing')} there and "
+            f"{mine.get(odd[0], 'missing')} in this run's model ({len(odd)} weights differ)"
+        )
+    return jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(jnp.float32), params)
+
+
+def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    found = jax.tree_util.tree_leaves_with_path(unit_specs(cfg), is_leaf=is_spec)
+    return {jax.tree_util.keystr(path): spec.shape for path, spec in found}
 
 
 def newest_params(

@@ -35,7 +35,8 @@ class RunConfig:
         repeating layers (smaller programs; on CPU unrolled ones run faster). remat: see `Program`.
     checkpoint_every: steps between checkpoints, besides those at phase borders and the end.
     keep: newest checkpoints that are kept. log_every: steps between lines on the console.
-    start_from: a run's directory whose newest parameters begin this one, instead of random ones.
+    start_from: whose parameters begin this run, instead of random ones: a run's directory (the
+        newest) or a converted checkpoint.
 
     Raises:
         ValueError: parts contradict each other.

@@ -11,7 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from checkpoints.load import load_checkpoint
+from checkpoints.store import save_checkpoint
+from dsv4_jax.training.init import InitConfig, init_params
 from dsv4_jax.training.loop import Trainer
+from dsv4_jax.training.precision import Precision, round_weights
+from dsv4_jax.training.restore import export_units
 from dsv4_jax.training.run import load_run
 from tests.training.runs import EVERY_BORDER, ONE_LAYER, SPARSE_ONLY, lines_of, write_config
 
@@ -125,3 +130,32 @@ def test_killed_at_every_border(mesh, devices, tmp_path):
     finish(start(path, tmp_path / "killed", cache, devices))
     assert lines_of(tmp_path / "straight") == lines_of(tmp_path / "killed")
     assert_same(final_state(path, tmp_path / "straight"), final_state(path, tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("mesh", ["", pytest.param("fsdp=2,expert=2", marks=pytest.mark.slow)])
+def test_starts_from_a_converted_checkpoint(mesh, tmp_path):
+    path, quiet = write_config(tmp_path, SPARSE_ONLY, mesh, ONE_LAYER), io.StringIO()
+    run = load_run(str(path), [])
+    stored = run.model.replace(dense_format="fp8", expert_format="fp4")
+    params = jax.tree.map(  # what is not quantised may be stored as bfloat16
+        lambda a: a if a.dtype == "int32" else a.astype("bfloat16").astype("float32"),
+        init_params(run.model, run.init, jax.random.key(3), run.scan),
+    )
+    save_checkpoint(tmp_path / "converted", stored, export_units(stored, params))
+    changes = [f"start_from={tmp_path / 'converted'}"]
+    begun = Trainer(load_run(str(path), changes), tmp_path / "begun", quiet, load_checkpoint)
+    expected = round_weights(params, run.model, Precision(experts="fp4", dense="fp8"))
+    assert_same(begun.state.params["groups"], expected["groups"])
+    assert all(a.dtype in ("float32", "int32") for a in jax.tree.leaves(begun.state.params))
+    begun.close()
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
+    path = write_config(tmp_path, SPARSE_ONLY, model=ONE_LAYER)
+    model = load_run(str(path), []).model.replace(num_experts=16)
+    params = init_params(model, InitConfig(), jax.random.key(3), False)
+    save_checkpoint(tmp_path / "other", model, export_units(model, params))
+    for where, message in (("other", "is \\(16,.*weights differ"), ("nowhere", "does not exist")):
+        run = load_run(str(path), [f"start_from={tmp_path / where}"])
+        with pytest.raises(ValueError, match=message):
+            Trainer(run, tmp_path / "run", io.StringIO(), load_checkpoint)
