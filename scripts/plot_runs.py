@@ -19,7 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("runs", nargs="+", metavar="[LABEL=]DIR", help="directories of runs")
     ap.add_argument("--out", required=True, metavar="FILE.svg")
     ap.add_argument("--smooth", type=int, default=10, metavar="STEPS", help="default: 10")
-    ap.add_argument("--metrics", default=",".join(PANELS), help="comma-separated panels")
+    ap.add_argument(
+        "--metrics",
+        metavar="NAME,…",
+        help=f"panels; default: of {', '.join(PANELS)}, those that are reported",
+    )
     args = ap.parse_args(argv)
     runs = {}
     for given in args.runs:
@@ -28,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.smooth < 1:
             raise ValueError(f"--smooth {args.smooth} must be at least 1")
-        Path(args.out).write_text(draw(runs, args.smooth, args.metrics.split(",")), "utf-8")
+        panels = args.metrics.split(",") if args.metrics else None
+        Path(args.out).write_text(draw(runs, args.smooth, panels), "utf-8")
     except (ValueError, OSError) as error:
         print(f"plot_runs.py: {error}", file=sys.stderr)
         return 1

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from zlib import crc32
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.data.prepare import MANIFEST, folder_of, prepare
 from dsv4_jax.training.data.source import Rows, Source
 from dsv4_jax.training.evaluate import batches, evaluate, scorer
 from dsv4_jax.training.loop import Trainer
+from dsv4_jax.training.losses import Metrics, Weights, count, objective
 from dsv4_jax.training.metrics import read
 from dsv4_jax.training.precision import Precision, round_weights
 from dsv4_jax.training.program import Program
@@ -47,8 +51,8 @@ class Result(NamedTuple):
 
     loss: of held-out text in nats, with the trained weights as they are. exported: the same as the
     FP4 export serves it. drafts: share of MTP guesses that the main model makes as well.
-    load: tokens of the busiest expert over the mean, worst layer; recall, captured: of indexers;
-    means of the last `LAST` steps.
+    load: tokens of the busiest expert over the mean, worst layer; mean of the last `LAST` steps.
+    recall, captured: of indexers, see `StepMetrics`, where held-out text attends to every row.
     """
 
     name: str
@@ -107,21 +111,41 @@ def run_variant(run: RunConfig, name: str, folder: Path, rows: int, out: TextIO)
     lines = read(folder)[-LAST:]
     plain = held_out(run, run.precision, params, held, rows)
     rounded = held_out(run, run.qat, params, held, rows)
-    means = [
-        float(np.mean([line[key] for line in lines])) for key in ("load", "recall", "captured")
-    ]
-    return Result(name, plain["loss"], rounded["loss"], plain.get("agrees", 0.0), *means)
+    load = float(np.mean([line["load"] for line in lines]))
+    found = plain["loss"], rounded["loss"], plain.get("agrees", 0.0), load
+    return Result(name, *found, *indexers(run, params, held, rows))
 
 
 def held_out(
     run: RunConfig, precision: Precision, params: Any, data: Path, rows: int
 ) -> dict[str, Any]:
     """Losses of held-out rows, with everything rounded as `precision` says."""
-    length, batch = run.phases[-1].seq_len, min(rows, 8)
     program = Program(run.model, precision, index_loss=False, mtp=run.model.num_mtp_layers > 0)
-    found = Rows((Source(str(data)),), length, 0, run.model.vocab_size)
     weights = round_weights(params, run.model, precision)
-    return evaluate(scorer(program), weights, batches(found, rows, batch))
+    return evaluate(scorer(program), weights, _batches(run, data, rows))
+
+
+def indexers(run: RunConfig, params: Any, data: Path, rows: int) -> tuple[float, float]:
+    """Recall and captured share of held-out rows under dense attention, which is what to find."""
+    program = Program(run.model, run.precision, sparse=False, index_only=True, mtp=False)
+    nothing = Weights(*(jnp.zeros(()) for _ in Weights._fields))
+
+    @jax.jit
+    def measure(params: Any, batch: Batch) -> tuple[Metrics, jax.Array]:
+        counts = count(batch)
+        return objective(program, nothing, counts, params, batch)[1].metrics, counts.queries
+
+    hits = wanted = kl = uniform = 0.0
+    for batch in _batches(run, data, rows):
+        m, queries = measure(params, batch)
+        hits, wanted = hits + float(m.hits), wanted + float(m.wanted)
+        kl, uniform = kl + float(m.indexer * queries), uniform + float(m.index_uniform * queries)
+    return hits / max(wanted, 1.0), 1 - kl / max(uniform, 1e-9)
+
+
+def _batches(run: RunConfig, data: Path, rows: int) -> Any:
+    found = Rows((Source(str(data)),), run.phases[-1].seq_len, 0, run.model.vocab_size)
+    return batches(found, rows, min(rows, 8))
 
 
 def table(results: Sequence[Result]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -108,6 +109,8 @@ class Trainer:
         step, routes = self._steps(moment.stage.phase), self.pending.pop(self.step, None)
         self.state, found = step(self.state, batch, Knobs(*numbers), routes)
         values = {k: float(v) for k, v in zip(found._fields, jax.device_get(found), strict=True)}
+        if math.isnan(values["recall"]):  # nothing to tell, and no JSON
+            del values["recall"]
         tokens = moment.stage.rows * moment.stage.phase.seq_len
         line = {"step": self.step, "phase": moment.stage.phase.name, "tokens": moment.tokens}
         line |= {"lr": moment.lr} | values

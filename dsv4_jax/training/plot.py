@@ -28,8 +28,10 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return result
 
 
-def draw(runs: dict[str, str | Path], span: int = 10, panels: Sequence[str] = PANELS) -> str:
+def draw(runs: dict[str, str | Path], span: int = 10, panels: Sequence[str] | None = None) -> str:
     """SVG text: one panel per metric, one line per run (label: directory).
+
+    panels: metrics; by default those of `PANELS` that are reported.
 
     Raises:
         ValueError: a run has no metrics, or none of them has the panel's metric.
@@ -38,6 +40,9 @@ def draw(runs: dict[str, str | Path], span: int = 10, panels: Sequence[str] = PA
     for label, found in lines.items():
         if not found:
             raise ValueError(f"{runs[label]} has no metrics")
+    if panels is None:
+        reported = {name for found in lines.values() for line in found for name in line}
+        panels = [name for name in PANELS if name in reported]
     rows = -(-len(panels) // COLUMNS)
     size = (COLUMNS * WIDTH, rows * HEIGHT + 24)
     parts = [

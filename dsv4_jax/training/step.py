@@ -55,8 +55,9 @@ class StepMetrics(NamedTuple):
     """Float32 scalars of one step; losses as in `losses.Metrics`.
 
     captured: 1 − KL / KL of equal shares. recall: share of the rows with most attention that the
-    indexers keep too. load: busiest expert over mean, worst layer. bias: largest router bias.
-    update_rms: root mean square of the Muon directions. applied: 1, or 0 if the step was skipped.
+    indexers keep too; NaN unless some query attends to more than they keep. load: busiest expert
+    over mean, worst layer. bias: largest router bias. update_rms: root mean square of the Muon
+    directions. applied: 1, or 0 if the step was skipped.
     """
 
     loss: Array
@@ -227,7 +228,7 @@ def _report(
         m.balance,
         m.indexer,
         1 - m.indexer / jnp.maximum(m.index_uniform, 1e-9),
-        m.hits / jnp.maximum(m.wanted, 1.0),
+        jnp.where(m.wanted > 0, m.hits / m.wanted, jnp.nan),
         norms.trunk,
         norms.indexer,
         load_ratio(aux.loads),
