@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def add_engine(commands: Any) -> argparse.ArgumentParser:
     config = "config.json of the model, which gets random weights (default: the demo's)"
     engine.add_argument("--config", default=str(DEMO_CONFIG), metavar="FILE", help=config)
     engine.add_argument("--batches", type=numbers, default=[8, 32], metavar="B,B")
+    steps = "of the engine in one call; default 1,4"
+    engine.add_argument("--decode-steps", type=numbers, default=[1, 4], metavar="N,N", help=steps)
     engine.add_argument("--tokens", type=int, default=200, metavar="N", help="a stream")
     engine.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each")
     return engine
@@ -199,8 +202,8 @@ def bench_engine(args: argparse.Namespace) -> None:
     cfg = ModelConfig.from_hf(json.loads(path.read_text()))
     if not args.json:
         print(overhead.HEADER, flush=True)
-    for batch in args.batches:
-        figures = overhead.measure(cfg, Numerics(), batch, args.tokens, args.repeats)
+    for batch, steps in product(args.batches, args.decode_steps):
+        figures = overhead.measure(cfg, Numerics(), batch, args.tokens, args.repeats, steps)
         print(json.dumps(figures) if args.json else overhead.line(figures), flush=True)
 
 

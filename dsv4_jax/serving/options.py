@@ -102,6 +102,15 @@ OPTIONS = (
         switch,
     ),
     Option(
+        "decode-steps",
+        "model",
+        "tokens that one call of the device decodes of each request while no prompt waits: less "
+        "work for the host, but tokens come in groups; not with --speculate",
+        1,
+        integer(1, 32),
+        "N",
+    ),
+    Option(
         "mesh",
         "model",
         "devices that share the model: heads over tensor, experts over both",

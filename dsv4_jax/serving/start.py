@@ -83,8 +83,9 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     num = Numerics(args.numerics, args.dtype, args.implementation)
     page = page_for(num)
     guesses, rejects = guesses_for(args, cfg), args.speculate_mode == "rejection"
+    rejects = guesses > 0 and rejects
     scheduling, sizes = plan_sizes(
-        cfg, max_len, args.slots, args.cache_tokens, page, guesses, guesses > 0 and rejects
+        cfg, max_len, args.slots, args.cache_tokens, page, guesses, rejects, args.decode_steps
     )
     scheduling = replace(scheduling, queue=queue_limits(args))
     shards = shards_for(cfg, args.mesh, jax.devices())
@@ -99,6 +100,8 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
     say(f"numbers  {args.numerics} numerics, {args.dtype}, {how} implementation")
     if guesses:
         say(f"guesses  {guesses} ahead by the MTP block, {args.speculate_mode} (--speculate)")
+    if sizes.burst > 1:
+        say(f"steps    {sizes.burst} in one call while no prompt waits (--decode-steps)")
     once = decodes(args.decode_weights, cfg, num, shards)
     say(f"memory   {memory_plan(cfg, num, sizes, shards, once)}")
     return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards, once)
@@ -122,8 +125,11 @@ def guesses_for(args: SimpleNamespace, cfg: ModelConfig) -> int:
     Raises:
         ValueError: the model cannot guess.
     """
+    if args.speculate and args.decode_steps > 1:
+        raise ValueError(f"--decode-steps {args.decode_steps} does not go with --speculate")
     if args.speculate is None:
-        return int(cfg.num_mtp_layers > 0 and jax.default_backend() != "cpu")
+        can = cfg.num_mtp_layers > 0 and args.decode_steps == 1
+        return int(can and jax.default_backend() != "cpu")
     if args.speculate and not cfg.num_mtp_layers:
         raise ValueError(f"--speculate {args.speculate}: this checkpoint has no MTP block")
     return args.speculate
@@ -237,7 +243,8 @@ def _where(plan: Plan) -> str:
     """What else decides the last bits of what is computed."""
     kind, mesh = jax.devices()[0].device_kind, plan.shards.mesh
     shape = shape_of(mesh) if isinstance(mesh, Mesh) else ""
-    sizes = f"{plan.sizes.page_tokens} {plan.sizes.guesses} {plan.decodes}"
+    steps = f"{plan.sizes.guesses} {plan.sizes.burst}"
+    sizes = f"{plan.sizes.page_tokens} {steps} {plan.decodes}"
     return f"{BUILD} {kind} {shape} {sizes}"
 
 

@@ -103,4 +103,4 @@ def test_the_overhead_figure(tmp_path, capsys):
     flags = ["--config", str(config), "--batches", "2", "--tokens", "40", "--repeats", "1"]
     assert bench.main(["engine", *flags]) == 0
     row = capsys.readouterr().out.splitlines()[-1]
-    assert row.startswith("| 2 | ") and len(row.split("|")) == 8
+    assert row.startswith("| 2 | 4 | ") and len(row.split("|")) == 9

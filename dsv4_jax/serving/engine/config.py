@@ -30,6 +30,8 @@ class SchedulerConfig:
         ageing_s: Waiting that counts as much as one step of priority.
         quantum: Cost a tenant may use up in one turn.
         guesses: Tokens a step may verify beside the newest one; see `pace`.
+        burst: Tokens that a step decodes of each row, one after the other, while no prompt waits;
+            not together with guesses.
         queue: Bounds of the queue.
 
     Raises:
@@ -50,6 +52,7 @@ class SchedulerConfig:
     ageing_s: float = 30.0
     quantum: int = 4096
     guesses: int = 0
+    burst: int = 1
     queue: QueueLimits = field(default_factory=QueueLimits)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,10 @@ class SchedulerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.guesses < 0:
             raise ValueError(f"guesses={self.guesses} must not be negative")
+        if self.burst < 1 or (self.burst > 1 and self.guesses):
+            raise ValueError(
+                f"burst={self.burst} must be at least 1, and 1 beside guesses={self.guesses}"
+            )
         for size in (self.checkpoint_every, *self.chunk_sizes):
             if size < UNIT or size % UNIT:
                 raise ValueError(

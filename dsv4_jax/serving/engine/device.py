@@ -36,7 +36,8 @@ class Sizes(NamedTuple):
     """What is allocated: request slots, pages (scratch included), tokens, checkpoints.
 
     guesses: tokens that the MTP block guesses ahead; 0 never runs it. rejects: whether guesses are
-    judged by rejection, for which their distributions are kept.
+    judged by rejection, for which their distributions are kept. burst: steps that one call of the
+    decoding program may run.
     """
 
     slots: int
@@ -46,6 +47,7 @@ class Sizes(NamedTuple):
     checkpoints: int
     guesses: int = 0
     rejects: bool = False
+    burst: int = 1
 
     @property
     def table_pages(self) -> int:

@@ -118,6 +118,8 @@ class Engine:
             raise ValueError("sizes of device and scheduler differ")
         if sizes.guesses != scheduling.guesses:
             raise ValueError("guesses of device and scheduler differ")
+        if sizes.burst != scheduling.burst:
+            raise ValueError("bursts of device and scheduler differ")
         if sizes.guesses and not cfg.num_mtp_layers:
             raise ValueError(f"guesses={sizes.guesses} need an MTP block, which this model lacks")
         if UNIT % page_unit(cfg):
@@ -433,7 +435,7 @@ class Engine:
         now_s = time.monotonic()
         self.metrics.step(part.program, now_s - part.start_s)
         begin_s, self._landed_s = max(part.start_s, self._landed_s), now_s
-        if part.program != "prefill" and is_alone:
+        if part.program in ("decode", "verify") and is_alone:
             self.pace.took(len(part.rows), part.width, now_s - begin_s)
         if part.mask_s is not None:
             self.metrics.observe("grammar_mask_seconds", part.mask_s)

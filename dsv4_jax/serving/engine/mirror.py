@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "init": (),
     "decode": (BATCH,),
     "verify": (BATCH,),
+    "burst": (BATCH,),
     "prefill": (BATCH, Prompt(0, 0, 0, 0)),
     "start_slot": (0, 0, 0),
     "set_uses": (0, 0),
@@ -40,7 +41,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "save_rings": (0, 0),
     "load_rings": (0, 0),
 }
-STEPS = ("decode", "verify", "prefill")
+STEPS = ("decode", "verify", "burst", "prefill")
 READS = ("read_pages", "read_slot", "read_checkpoint")
 END = "end"
 

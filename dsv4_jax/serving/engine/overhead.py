@@ -34,7 +34,12 @@ class Rate(NamedTuple):
 
 
 def measure(
-    cfg: ModelConfig, num: Numerics, batch: int, tokens: int = 200, repeats: int = 9
+    cfg: ModelConfig,
+    num: Numerics,
+    batch: int,
+    tokens: int = 200,
+    repeats: int = 9,
+    burst: int = 1,
 ) -> dict[str, Any]:
     """Decoded tokens per second of `batch` sequences, greedy, with random weights.
 
@@ -54,7 +59,7 @@ def measure(
     params = decoded_if_small(cfg, num, model.init_params(cfg, jax.random.key(0)))
     page = page_for(num)
     room = batch * -(-max_len // page) * page
-    scheduling, sizes = plan_sizes(cfg, max_len, batch, room, page)
+    scheduling, sizes = plan_sizes(cfg, max_len, batch, room, page, burst=burst)
     engine = Engine(cfg, num, params, scheduling, sizes)
     engine.warm_up()
     engine.start()
@@ -67,6 +72,7 @@ def measure(
     ratios = [ours.wall / theirs.wall for theirs, ours in turns]
     return {
         "batch": batch,
+        "decode_steps": burst,
         "bare_tokens_per_s": statistics.median(theirs.wall for theirs, _ in turns),
         "engine_tokens_per_s": statistics.median(ours.wall for _, ours in turns),
         "ratio": statistics.median(ratios),
@@ -128,9 +134,8 @@ def engine_rate(engine: Engine, batch: int, tokens: int) -> Rate:
 
 
 HEADER = (
-    "| batch | bare tok/s | engine tok/s | engine ÷ bare | per CPU-second | turns |\n"
-    + "| ---: " * 6
-    + "|"
+    "| batch | steps a call | bare tok/s | engine tok/s | engine ÷ bare | per CPU-second "
+    "| turns |\n" + "| ---: " * 7 + "|"
 )
 
 
@@ -138,7 +143,7 @@ def line(figures: dict[str, Any]) -> str:
     """One row of the Markdown table."""
     turns = ", ".join(f"{ratio:.2f}" for ratio in figures["ratios"])
     return (
-        f"| {figures['batch']} | {figures['bare_tokens_per_s']:.0f} | "
+        f"| {figures['batch']} | {figures['decode_steps']} | {figures['bare_tokens_per_s']:.0f} | "
         f"{figures['engine_tokens_per_s']:.0f} | {figures['ratio']:.2f} | "
         f"{figures['cpu_ratio']:.2f} | {turns} |"
     )

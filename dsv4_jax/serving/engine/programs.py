@@ -59,6 +59,8 @@ class Programs:
         self.decode = _light(self._jit(partial(steps.decode, cfg, num, shards), 1))
         verify = partial(steps.decode, cfg, num, shards, num_guesses=sizes.guesses)
         self.verify = _light(self._jit(verify, 1))
+        burst = partial(steps.burst, cfg, num, shards, num_steps=sizes.burst)
+        self.burst = _light(self._jit(burst, 1))
         self.prefill = _light(self._jit(partial(steps.prefill, cfg, num, shards), 1))
         self.start_slot = self._jit(device.start_slot, 0)
         self.set_uses = self._jit(device.set_uses, 0)

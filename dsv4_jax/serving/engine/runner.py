@@ -48,15 +48,8 @@ class Launched:
     failed: dict[int, Exception] = field(default_factory=dict)
     mask_s: float | None = None  # to fill the masks of guides, if there are any
     start_s: float = field(default_factory=time.monotonic)
-
     width: int = 1  # tokens that were computed of each row that decodes
-
-    @property
-    def program(self) -> str:
-        """What computes the rows."""
-        if isinstance(self.rows[0], PrefillRow):
-            return "prefill"
-        return "decode" if self.width == 1 else "verify"
+    program: str = "prefill"  # what computes the rows
 
     def land(self) -> Landed:
         """Waits for the results; log-probabilities of prompts go to their requests at once."""
@@ -167,7 +160,9 @@ class Runner:
         jax.block_until_ready(self.state)
 
     def _step_programs(self) -> list[Callable[..., Any]]:
-        return [self.programs.decode, *([self.programs.verify] if self._config.guesses else [])]
+        config, programs = self._config, self.programs
+        more = [programs.verify] * bool(config.guesses) + [programs.burst] * (config.burst > 1)
+        return [programs.decode, *more]
 
     def _pad(self, program: Callable[..., Any], size: int) -> None:
         self.state, _ = program(self.programs.params, self.state, self._padding(size))
@@ -230,10 +225,11 @@ class Runner:
         rows_B3[: len(plan.decode)] = [(row.stop, 1, 1) for row in plan.decode]
         start_s = time.monotonic()
         batch, failed, mask_s = self._batch(plan.decode, rows_B3)
-        program = self.programs.decode if plan.width == 1 else self.programs.verify
+        name = "burst" if plan.burst else "decode" if plan.width == 1 else "verify"
+        program = getattr(self.programs, name)
         self.state, sampled = program(self.programs.params, self.state, batch)
         sampled.tokens_BT.copy_to_host_async()
-        return Launched(plan.decode, sampled, None, failed, mask_s, start_s, plan.width)
+        return Launched(plan.decode, sampled, None, failed, mask_s, start_s, plan.width, name)
 
     def _prefill(self, plan: StepPlan) -> Launched:
         rows_B3 = np.zeros((plan.prefill_batch, 3), np.int32)

@@ -232,6 +232,8 @@ class Scheduler:
         """One token, or more, for everyone who runs; the most urgent get pages first."""
         running = [r for r in self.slots.live.values() if r.status is Status.RUNNING]
         draft.width = self.pace.width(len(running)) if running else 1
+        if self._may_burst(running):
+            draft.width, draft.burst = self.config.burst, True
         for request in sorted(running, key=lambda r: r.rank):
             if request.status is not Status.RUNNING or request.least + 1 >= request.limit:
                 continue  # preempted for one before it, or all is handed out
@@ -250,6 +252,14 @@ class Scheduler:
             draft.decode.append(self.slots.hand_out_decode(request, stop, width, record))
             if request.keep_output and request.planned % UNIT == 0:
                 self._snapshot_if_there(request, draft, record)
+
+    def _may_burst(self, running: Sequence[Request]) -> bool:
+        """Whether several tokens in one call hold up nobody."""
+        waits = self._next is not None or len(self.queue)
+        if self.config.burst == 1 or self.preempted or (waits and self.slots.has_free):
+            return False
+        others = any(request.status is not Status.RUNNING for request in self.slots.live.values())
+        return not others and not any(map(self._is_careful, running))
 
     def _is_careful(self, request: Request) -> bool:
         """Whether the next token may be drawn only where the one in front of it is known."""
@@ -367,19 +377,21 @@ class Scheduler:
     def _take(self, row: Row, tokens: Sequence[int]) -> list[Delivery]:
         """Notes what a row computed, and adds its tokens to the log up to the last that counts."""
         request, delivered = row.request, []
-        if row.width:
+        if row.width and self.config.guesses:
             self._count_guesses(row, len(tokens))
+        log, times, first = request.tokens, request.times, request.num_generated
+        now = self._clock()
         for at, token in enumerate(tokens if row.samples and request.max_tokens else ()):
-            now = self._clock()
             self.metrics.token(request, now)
-            if request.times.first_token is None:
-                request.times.first_token = now
-            request.times.last_token = now
-            request.tokens.append(token)
-            delivered.append(Delivery(request, token, request.num_generated - 1, at))
-            self.queue.charge(request.tenant, DECODE_COST)
-            if is_done(request):
+            if times.first_token is None:
+                times.first_token = now
+            times.last_token = now
+            log.append(token)
+            delivered.append(Delivery(request, token, first + at, at))
+            if token in request.stop_ids or len(log) >= request.limit:
                 break
+        if delivered:
+            self.queue.charge(request.tenant, DECODE_COST * len(delivered))
         if not request.is_live:
             return delivered
         self.slots.advanced(row) if row.width else self.slots.commit(row)

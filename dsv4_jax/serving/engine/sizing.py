@@ -34,6 +34,7 @@ def plan_sizes(
     page_tokens: int = UNIT,
     guesses: int = 0,
     rejects: bool = False,
+    burst: int = 1,
 ) -> tuple[SchedulerConfig, Sizes]:
     """Sizes for `slots` requests at a time and a cache of `cache_tokens` tokens.
 
@@ -42,7 +43,8 @@ def plan_sizes(
 
     Raises:
         ValueError: the cache cannot hold one request of `max_len`, slots is not positive, or
-            `guesses` are more than a step can verify or the model can make.
+            `guesses` are more than a step can verify or the model can make, or there is a `burst`
+            beside them.
     """
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
@@ -67,12 +69,14 @@ def plan_sizes(
         decode_batches=(slots,),
         chunk_sizes=(CHUNK,),
         tail_shape=(min(CHUNK // UNIT, slots), UNIT),
-        step_tokens=CHUNK + slots * (1 + guesses),
+        step_tokens=CHUNK + slots * max(1 + guesses, burst),
         queue=QueueLimits(),
         guesses=guesses,
+        burst=burst,
     )
     pages = 1 + cache_tokens // page_tokens  # page 0 is scratch
-    return scheduling, Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS, guesses, rejects)
+    sizes = Sizes(slots, pages, page_tokens, max_len, CHECKPOINTS, guesses, rejects, burst)
+    return scheduling, sizes
 
 
 def memory_plan(

@@ -140,10 +140,13 @@ class Slots:
     def hand_out_decode(
         self, request: Request, stop: int, width: int, record: InFlight
     ) -> DecodeRow:
-        """Notes that the step computes one to `width` tokens, all in front of `stop`."""
+        """Notes that the step computes one to `width` tokens, all in front of `stop`.
+
+        Without guesses all of them stand, and are computed for certain.
+        """
         assert request.slot is not None
         request.planned = max(request.planned, stop)
-        request.least = min(request.least + 1, stop)
+        request.least = min(request.least + 1, stop) if self._config.guesses else stop
         request.ahead += width
         request.in_flight += 1
         record.rows.append(Row(request, request.slot, stop, True, width))
@@ -158,6 +161,8 @@ class Slots:
         most = min(request.committed + request.ahead, request.planned)
         request.planned = max(most, request.committed)
         request.least = max(min(request.committed + request.in_flight, last), request.committed)
+        if not self._config.guesses:
+            request.least = request.planned
         self._publish(request, request.committed)
 
     def snapshot(self, request: Request, draft: Draft, record: InFlight) -> None:

@@ -90,7 +90,7 @@ class StepPlan:
     Copies read all their sources before they write. `chunk`, `prefill_batch` and `decode_batch` are
     the compiled sizes that hold the rows, 0 without rows; padding goes to the scratch slot and
     page. A slot has at most one row. A plan without rows still has starts or snapshots. `width`:
-    tokens that the program of the decoding rows computes of each.
+    tokens that the program of the decoding rows computes of each, all at once or as a `burst`.
     """
 
     step: int
@@ -103,6 +103,7 @@ class StepPlan:
     decode: tuple[DecodeRow, ...]
     decode_batch: int
     width: int
+    burst: bool
     snapshots: tuple[Snapshot, ...]
 
     @property
@@ -135,6 +136,7 @@ class Draft:
     prefill_batch: int = 0
     decode: list[DecodeRow] = field(default_factory=list)
     width: int = 1
+    burst: bool = False
     snapshots: list[Snapshot] = field(default_factory=list)
 
     def finish(self, step: int, decode_batches: Sequence[int]) -> StepPlan:
@@ -149,6 +151,7 @@ class Draft:
             decode=tuple(self.decode),
             decode_batch=bucket(len(self.decode), decode_batches),
             width=self.width,
+            burst=self.burst,
             snapshots=tuple(self.snapshots),
         )
 

@@ -113,6 +113,28 @@ def decode(
     return state, sampled
 
 
+def burst(
+    cfg: ModelConfig,
+    num: Numerics,
+    shards: Shards,
+    params: model.Params,
+    state: State,
+    batch: Batch,
+    num_steps: int,
+) -> tuple[State, Sampled]:
+    """`num_steps` steps of `decode` without guesses, one after the other; tokens `[B, steps]`."""
+
+    def one(state: State, _: None) -> tuple[State, Sampled]:
+        return decode(cfg, num, shards, params, state, batch)
+
+    state, drawn = lax.scan(one, state, length=num_steps)
+
+    def joined(a: Array) -> Array:
+        return jnp.moveaxis(a[:, :, 0], 0, 1)
+
+    return state, jax.tree.map(joined, drawn)
+
+
 def prefill(
     cfg: ModelConfig,
     num: Numerics,

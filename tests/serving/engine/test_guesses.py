@@ -80,15 +80,29 @@ def test_pace_obeys():
 
 def test_fewer_steps_and_the_same_tokens():
     counts = []
-    for guesses in (0, 3):
-        engine = harness.Engine(harness.small_config(guesses=guesses))
+    for changes in ({}, {"guesses": 3}, {"burst": 4}):
+        engine = harness.Engine(harness.small_config(**changes))
         requests = [Request(f"r{n}", harness.prompt(150 + n, n), 200) for n in range(4)]
         engine.submit(*requests)
         engine.run()
         engine.check_idle()
         assert all(r.tokens[len(r.prompt) :] == solo(r) for r in requests)
         counts.append(len(engine.plans))
-    assert counts[1] < 0.6 * counts[0]
+    assert counts[1] < 0.6 * counts[0] and counts[2] < 0.4 * counts[0]
+
+
+def test_bursts_hold_up_nobody():
+    engine = harness.Engine(harness.small_config(burst=4))
+    engine.submit(Request("a", harness.prompt(10), 60))
+    for _ in range(4):
+        engine.step()
+    engine.submit(Request("b", harness.prompt(600, 1), 9), Request("g", [5], 30, guided=True))
+    engine.run()
+    engine.check_idle()
+    for plan in engine.plans:
+        alone = {row.request.id for row in plan.decode} == {"a"} and not plan.prefill
+        assert plan.burst == (alone and plan.width == 4)
+    assert {plan.burst for plan in engine.plans} == {False, True}
 
 
 def test_what_must_be_drawn_one_by_one_is():
@@ -108,7 +122,7 @@ def test_what_must_be_drawn_one_by_one_is():
 MAX_LEN, SLOTS = 512, 3
 
 
-def make_engine(guesses: int, rejects: bool = False) -> Engine:
+def make_engine(guesses: int, rejects: bool = False, burst: int = 1) -> Engine:
     cfg = presets.tiny().replace(
         max_len=MAX_LEN,
         dense_format=None,
@@ -119,7 +133,7 @@ def make_engine(guesses: int, rejects: bool = False) -> Engine:
     params = init_params(cfg, jax.random.key(0))
     params["top"]["head"] = params["top"]["head"] / 4
     params = jax.device_put(params, jax.devices()[0])
-    scheduling, sizes = plan_sizes(cfg, MAX_LEN, SLOTS, 4 * MAX_LEN, 128, guesses, rejects)
+    scheduling, sizes = plan_sizes(cfg, MAX_LEN, SLOTS, 4 * MAX_LEN, 128, guesses, rejects, burst)
     scheduling = replace(scheduling, reserve_tokens=1)  # so that pages can run out
     num = Numerics("plain", "float32")
     engine = Engine(cfg, num, params, scheduling, sizes, "test", adapts=False)
@@ -173,6 +187,22 @@ def test_200_prompts_have_the_same_tokens_with_guesses_and_without():
 
 
 @pytest.mark.slow
+def test_prompts_have_the_same_tokens_in_bursts_and_without():
+    alone = make_engine(0)
+    wanted = [ask(alone, index) for index in range(60)]
+    alone.stop()
+    engine = make_engine(0, burst=3)
+    with little_room(engine, 7), ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda index: ask(engine, index), range(60))) == wanted
+    assert [ask(engine, index) for index in range(60)] == wanted
+    with settled(engine):
+        engine.scheduler.check()
+    engine.stop()
+    assert metric(engine, "spec_decode_num_draft_tokens_total") == 0
+    assert metric(engine, "compilations_after_ready_total") == 0
+
+
+@pytest.mark.slow
 def test_rejection_serves_too():
     engine = make_engine(1, rejects=True)
     first = [ask(engine, index) for index in range(12)]
@@ -189,3 +219,5 @@ def test_a_model_without_an_mtp_block_is_refused():
         plan_sizes(cfg, MAX_LEN, SLOTS, guesses=1)
     with pytest.raises(ValueError, match="guesses=8 must lie between 0 and 7"):
         plan_sizes(presets.tiny(), MAX_LEN, SLOTS, guesses=8)
+    with pytest.raises(ValueError, match="burst=2 must be at least 1, and 1 beside guesses=1"):
+        plan_sizes(presets.tiny(), MAX_LEN, SLOTS, guesses=1, burst=2)

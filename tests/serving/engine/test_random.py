@@ -19,6 +19,8 @@ SHAPES = {
     "guesses": {"num_pages": 25, "guesses": 3},
     "guesses and little room": {"num_pages": 8, "page_tokens": 256, "guesses": 1},
     "guesses and hardly any room": {"num_pages": 10, "checkpoints": 8, "guesses": 6},
+    "bursts": {"num_pages": 25, "burst": 4},
+    "bursts and little room": {"num_pages": 8, "page_tokens": 256, "burst": 3},
     "hardly any room": {"num_pages": 10, "page_tokens": 128, "checkpoints": 8},
 }
 
@@ -81,9 +83,9 @@ def make_engine(shape: str) -> Engine:
     limits = QueueLimits(requests=12, tokens=4000, tenant_requests=6, timeout_s=20)
     sizes = dict(SHAPES[shape])
     tail_shape = sizes.pop("tail_shape", None)
-    guesses = sizes.pop("guesses", 0)
+    steps = {name: sizes.pop(name) for name in ("guesses", "burst") if name in sizes}
     config = small_config(
-        max_len=900, reserve_tokens=16, queue=limits, tail_shape=tail_shape, guesses=guesses
+        max_len=900, reserve_tokens=16, queue=limits, tail_shape=tail_shape, **steps
     )
     return Engine(config, **sizes)
 
