@@ -29,6 +29,7 @@ def reasoning_fields(args: SimpleNamespace) -> tuple[str, ...]:
 
 
 MODES = ("coupled", "rejection")  # of judging guesses
+GENERATION = ("auto", "off")
 
 
 def choices(names: tuple[str, ...]) -> str:
@@ -304,6 +305,15 @@ OPTIONS = (
         switch,
     ),
     Option("loop-guard", "prompt", "close reasoning that goes in circles", False, switch),
+    Option(
+        "generation-config",
+        "prompt",
+        "auto: sampling fields that a request does not name are those of the checkpoint's "
+        "generation_config.json; off: those of the API",
+        "auto",
+        one_of(*GENERATION),
+        choices(GENERATION),
+    ),
     Option(
         "official-sampling",
         "prompt",

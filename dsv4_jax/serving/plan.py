@@ -270,8 +270,9 @@ class Planner:
         for index, _ in given.get("logit_bias", ()):
             if index >= self.tokenizer.vocab_size:
                 raise invalid("logit_bias", f"{index} is not a token of this model")
+        fields = {**self.rules.sampling, **given}
         return SamplingParams(
-            max_tokens=self._answer_tokens(prompt, asked), logprobs=logprobs, **given
+            max_tokens=self._answer_tokens(prompt, asked), logprobs=logprobs, **fields
         )
 
     def _rendered(

@@ -1,6 +1,8 @@
 """Choices of whoever runs the server that change what is asked of the model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from dsv4_jax.serving.constraints import ToolGrammarMode
 from dsv4_jax.tokenizer import TextPolicy
@@ -23,6 +25,7 @@ class Rules:
             nothing, unless a request says `strict` itself or a form must hold.
         recovers_lookalikes: Takes tool markup in answers for calls though its marker is spelled out
             as text, with bars of either kind. Grammars do not hold such calls to anything.
+        sampling: Sampling fields where a request names none; see `generation`.
         special_tokens_in_text: What the spelling of a control token in a client's text means.
     """
 
@@ -34,4 +37,5 @@ class Rules:
     internal_roles: bool = False
     tool_grammar: ToolGrammarMode = "structure"
     recovers_lookalikes: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     special_tokens_in_text: TextPolicy = "text"

@@ -29,6 +29,7 @@ from dsv4_jax.serving.engine.programs import Programs
 from dsv4_jax.serving.engine.sizing import memory_plan, page_for, plan_sizes
 from dsv4_jax.serving.engine.stream import EngineError
 from dsv4_jax.serving.engine.waiting import QueueLimits
+from dsv4_jax.serving.generation import read_generation
 from dsv4_jax.serving.hosts import Follower, Leader
 from dsv4_jax.serving.launch import fingerprint, how_to_use
 from dsv4_jax.serving.mesh import shards_for
@@ -60,6 +61,7 @@ class Plan:
     sizes: Sizes
     shards: Shards
     decodes: bool  # weights once, when they are loaded
+    sampling: dict[str, Any]  # where requests name none
 
 
 def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -> Plan:
@@ -104,7 +106,12 @@ def make_plan(args: SimpleNamespace, cfg: ModelConfig, folder: str, name: str) -
         say(f"steps    {sizes.burst} in one call while no prompt waits (--decode-steps)")
     once = decodes(args.decode_weights, cfg, num, shards)
     say(f"memory   {memory_plan(cfg, num, sizes, shards, once)}")
-    return Plan(name, num, tokenizer, profile, max_len, scheduling, sizes, shards, once)
+    sampling = read_generation(folder) if args.generation_config == "auto" else {}
+    if sampling:
+        shown = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+        say(f"sampling {shown} unless asked otherwise (--generation-config)")
+    sized = max_len, scheduling, sizes, shards, once
+    return Plan(name, num, tokenizer, profile, *sized, sampling)
 
 
 def queue_limits(args: SimpleNamespace) -> QueueLimits:
@@ -196,6 +203,7 @@ def start(
         internal_roles=args.internal_roles,
         tool_grammar=args.tool_grammar,
         recovers_lookalikes=args.recover_lookalike_dsml,
+        sampling=plan.sampling,
         special_tokens_in_text=args.special_tokens_in_text,
     )
     planner = Planner(plan.tokenizer, plan.profile, plan.max_len, rules)
