@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dsv4_jax.gather import invert, places, ranks, take
 from dsv4_jax.numerics import Numerics
 from sharding.shards import Shards, ordered_scatter, ordered_total
 
@@ -137,17 +138,23 @@ class _Travel(NamedTuple):
         devices = self.shards.count("experts")
         nowhere = self.local_experts * devices
         owner_Y = jnp.where(tokens.real_U[:, None], tokens.experts_UA, nowhere).reshape(-1)
-        order_Y = jnp.argsort(owner_Y, stable=True)
-        target_Y = owner_Y[order_Y] // self.local_experts
-        sent = jnp.bincount(target_Y, length=devices + 1)[:devices].astype(jnp.int32)
-        local_Y = owner_Y[order_Y] % self.local_experts
-        rows_YD = tokens.x_UD[order_Y // per_token]
-        weights_Y = tokens.weights_UA.reshape(-1)[order_Y]
+        # rows of padding tokens have an owner too, behind all others
+        rank_Y, count_E, is_own_EY = ranks(owner_Y, nowhere + 1)
+        place_Y = places(rank_Y, jnp.cumsum(count_E) - count_E, is_own_EY, len(owner_Y))
+        order_Y = invert(place_Y, len(owner_Y))
+        sent = count_E[:nowhere].reshape(devices, self.local_experts).sum(axis=1)
+        # the owner of row n of all, sorted: as many as have all their rows in front of it
+        number_Y1 = jnp.arange(len(owner_Y), dtype=jnp.int32)[:, None]
+        sorted_Y = (number_Y1 >= jnp.cumsum(count_E)[None]).sum(axis=1, dtype=jnp.int32)
+        target_Y, local_Y = sorted_Y // self.local_experts, sorted_Y % self.local_experts
+        x_UD = tokens.x_UD
+        repeated = jnp.broadcast_to(x_UD[:, None], (count, per_token, x_UD.shape[1]))
+        rows_YD = take(repeated.reshape(len(owner_Y), -1), order_Y, place_Y)
+        weights_Y = take(tokens.weights_UA.reshape(-1), order_Y, place_Y)
         about_Y2 = jnp.stack([local_Y.astype(jnp.float32), weights_Y], axis=1)
         room = count * min(per_token, self.local_experts)  # at most so many rows between two
         back_YD = self._there_and_back(rows_YD, about_Y2, target_Y, sent, room)
-        rank_Y = jnp.zeros_like(order_Y).at[order_Y].set(jnp.arange(len(order_Y)))
-        picked = back_YD[rank_Y].reshape(count, per_token, -1)
+        picked = take(back_YD, place_Y, order_Y).reshape(count, per_token, -1)
         picked = jnp.where(tokens.real_U[:, None, None], picked, 0).astype(jnp.float32)
         total = picked[:, 0]
         for a in range(1, per_token):
