@@ -112,7 +112,10 @@ def _routed(w: dict[str, Array], tokens: Tokens, program: Program) -> Array:
         plan = plan_rows(experts_UA, real_U, local_experts)
         return _local_sum(w, x_UD, weights_UA, plan, program.cfg, program.precision)
 
-    return exchange(tokens, local_experts, run, program.num, program.shards)
+    out_UD = exchange(tokens, local_experts, run, program.num, program.shards)
+    if program.shards.mesh is None:
+        return out_UD
+    return checkpoint_name(out_UD, "routed")  # kept: tokens do not travel once more for it
 
 
 def _local_sum(
