@@ -50,7 +50,7 @@ def moe(
     scores_UE = router_scores(x_UD, w["gate"]["weight"])
     given_UA = None if given_BTA is None else given_BTA.reshape(-1, given_BTA.shape[-1])
     experts_UA = choose(w["gate"], scores_UE, batch.tokens_BT.reshape(-1), cfg, given_UA)
-    weights_UA = jnp.take_along_axis(scores_UE, experts_UA, axis=-1)
+    weights_UA = _picked(scores_UE, experts_UA)
     weights_UA = weights_UA / (weights_UA.sum(axis=-1, keepdims=True) + 1e-20) * cfg.routed_scale
     routed_UD = _routed(w["experts"], Tokens(x_UD, experts_UA, weights_UA, real_U), program)
     hidden_UF = swiglu(
@@ -71,6 +71,13 @@ def moe(
 def router_scores(x_UD: Array, weight_ED: Array) -> Array:
     """sqrt(softplus(x · e)), float32; the floor keeps the gradient finite far below zero."""
     return jnp.sqrt(jnp.maximum(jax.nn.softplus(linear_f32(x_UD, weight_ED)), TINY))
+
+
+def _picked(scores_UE: Array, experts_UA: Array) -> Array:
+    """Scores of the chosen; one term of each sum counts. Backwards no scatter, as of an index."""
+    number_11E = jnp.arange(scores_UE.shape[1], dtype=jnp.int32)[None, None]
+    is_it_UAE = experts_UA[:, :, None] == number_11E
+    return jnp.where(is_it_UAE, scores_UE[:, None], 0).sum(axis=-1)
 
 
 def choose(
@@ -105,7 +112,10 @@ def _routed(w: dict[str, Array], tokens: Tokens, program: Program) -> Array:
         plan = plan_rows(experts_UA, real_U, local_experts)
         return _local_sum(w, x_UD, weights_UA, plan, program.cfg, program.precision)
 
-    return exchange(tokens, local_experts, run, program.num, program.shards)
+    out_UD = exchange(tokens, local_experts, run, program.num, program.shards)
+    if program.shards.mesh is None:
+        return out_UD
+    return checkpoint_name(out_UD, "routed")  # kept: tokens do not travel once more for it
 
 
 def _local_sum(

@@ -107,7 +107,7 @@ def _run_group(
         return h_BTMD, terms
 
     if program.remat == "group":
-        policy = jax.checkpoint_policies.save_only_these_names("decision")
+        policy = jax.checkpoint_policies.save_only_these_names("decision", "routed")
         pattern = jax.checkpoint(pattern, policy=policy, prevent_cse=group.repeats == 1)
     if group.repeats == 1:
         return pattern(h_BTMD, (weights, given))

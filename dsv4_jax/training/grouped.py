@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dsv4_jax.training.gather import take
+from dsv4_jax.gather import invert, places, ranks, take
 
 MIN_TILE, MAX_TILE = 8, 128
 
@@ -42,25 +42,15 @@ def plan_rows(experts_UA: Array, real_U: Array, num_experts: int) -> Plan:
     tile = tile_size(rows, num_experts)
     tiles = min(rows, -(-rows // tile) + num_experts)
     owner_Y = jnp.where(real_U[:, None], experts_UA, num_experts).reshape(-1)
-    order_Y = jnp.argsort(owner_Y, stable=True)
-    count_E = (owner_Y[:, None] == jnp.arange(num_experts)[None]).sum(axis=0, dtype=jnp.int32)
+    rank_Y, count_E, is_own_EY = ranks(owner_Y, num_experts)
     tiles_E = -(-count_E // tile)
     last_tile_E = jnp.cumsum(tiles_E)
-    expert_t = jnp.searchsorted(last_tile_E, jnp.arange(tiles), side="right").astype(jnp.int32)
+    expert_t = (jnp.arange(tiles)[:, None] >= last_tile_E[None]).sum(axis=1, dtype=jnp.int32)
     expert_t = jnp.minimum(expert_t, num_experts - 1)
     first_slot_E = (last_tile_E - tiles_E) * tile
-    first_row_E = jnp.cumsum(count_E) - count_E
-    # slot s holds row number s - first_slot of its expert
-    slot_S = jnp.arange(tiles * tile, dtype=jnp.int32)
-    expert_S = jnp.repeat(expert_t, tile)
-    rank_S = slot_S - first_slot_E[expert_S]
-    filled_S = (rank_S >= 0) & (rank_S < count_E[expert_S])
-    sorted_S = jnp.where(filled_S, first_row_E[expert_S] + rank_S, 0)
-    entry_S = jnp.where(filled_S, order_Y[sorted_S], rows).astype(jnp.int32)
-    rank_Y = jnp.zeros(rows, jnp.int32).at[order_Y].set(jnp.arange(rows, dtype=jnp.int32))
-    safe_Y = jnp.minimum(owner_Y, num_experts - 1)
-    slot_Y = first_slot_E[safe_Y] + rank_Y - first_row_E[safe_Y]
-    slot_Y = jnp.where(owner_Y < num_experts, slot_Y, tiles * tile).astype(jnp.int32)
+    place_Y = places(rank_Y, first_slot_E, is_own_EY, tiles * tile)
+    entry_S = invert(place_Y, tiles * tile)
+    slot_Y = jnp.minimum(place_Y, tiles * tile)
     return Plan(entry_S, slot_Y, expert_t, last_tile_E[-1], tiles_E * tile)
 
 

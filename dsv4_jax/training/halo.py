@@ -88,7 +88,7 @@ def document_sums(x_BTn: Array, segment_BT: Array, shards: Shards) -> Array:
     starts_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)))
     number_BT = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
     document_U = (jnp.arange(rows, dtype=jnp.int32)[:, None] * length + number_BT).reshape(-1)
-    sums = jax.ops.segment_sum(x_BTn.reshape(rows * length, -1), document_U, rows * length)
+    sums = jax.ops.segment_sum(x_BTn.reshape(rows * length, -1), document_U, rows * length, True)
     sums_BTn = sums[document_U].reshape(x_BTn.shape)
     if shards.count("context") == 1:
         return sums_BTn

@@ -13,11 +13,11 @@ from jax import Array
 
 from dsv4_jax.compress import pool
 from dsv4_jax.config import CSA, ModelConfig
+from dsv4_jax.gather import take_rows
 from dsv4_jax.norm import rms_norm
 from dsv4_jax.numerics import Numerics, linear_f32
 from dsv4_jax.rope import frequencies, rotate, rotation
 from dsv4_jax.training.batch import Batch
-from dsv4_jax.training.gather import take_rows
 
 
 class Windows(NamedTuple):
@@ -116,18 +116,18 @@ def compress_windows(
     """One row per window, normed and rotated: `[B, C, H]`; entries without a window hold noise."""
     ape_rd, size = weights["ape"], weights["norm"].shape[0]
     ratio = ape_rd.shape[0]
-    both_BTd = linear_f32(x_BTD, weights["wkv"]), linear_f32(x_BTD, weights["wgate"])
+    both = linear_f32(x_BTD, weights["wkv"]), linear_f32(x_BTD, weights["wgate"])
 
-    def cut(x_BTd: Array, index_Bn: Array, inverse_BT: Array) -> Array:
-        taken = take_rows(x_BTd, index_Bn, inverse_BT)
-        return taken.reshape(len(taken), -1, ratio, size)
+    def cut(channels: slice, index_Bn: Array, inverse_BT: Array) -> tuple[Array, Array]:
+        """Values and scores of windows, `[B, C, r, H]`, by one gather."""
+        x_BTd = jnp.concatenate([a[..., channels] for a in both], axis=-1)
+        taken = take_rows(x_BTd, index_Bn, inverse_BT).reshape(len(x_BTd), -1, ratio, 2 * size)
+        return taken[..., :size], taken[..., size:]
 
-    own = (windows.own_Bn, windows.own_BT)
-    values, scores = (cut(a[..., -size:], *own) for a in both_BTd)
+    values, scores = cut(slice(-size, None), windows.own_Bn, windows.own_BT)
     scores = scores + ape_rd[None, None, :, -size:]
     if ratio == CSA:  # overlapped: half of the channels speak for the next window
-        before = (windows.before_Bn, windows.before_BT)
-        old_values, old_scores = (cut(a[..., :size], *before) for a in both_BTd)
+        old_values, old_scores = cut(slice(size), windows.before_Bn, windows.before_BT)
         old_scores = old_scores + ape_rd[None, None, :, :size]
         old_scores = jnp.where(windows.has_before_BC[..., None, None], old_scores, -jnp.inf)
         values = jnp.concatenate([old_values, values], axis=2)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.gather import take
 from dsv4_jax.training import cross_entropy as ce
 from dsv4_jax.training.balance import load_ratio, move_biases
 from dsv4_jax.training.batch import ahead, target_mask
 from dsv4_jax.training.experts import balance_loss, router_scores
-from dsv4_jax.training.gather import take
 from dsv4_jax.training.index_loss import index_terms
 from dsv4_jax.training.losses import count
 from dsv4_jax.training.windows import find_windows
