@@ -57,10 +57,15 @@ def first_params(
     odd = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
     if odd:
         raise ValueError(
-            f"start_from={source}: {odd[0]} is {theirs.get(odd[0], 'missing')} there and "
+            f"{source}: {odd[0]} is {theirs.get(odd[0], 'missing')} there and "
             f"{mine.get(odd[0], 'missing')} in this run's model ({len(odd)} weights differ)"
         )
     return jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(jnp.float32), params)
+
+
+def mean_params(a: Params, b: Params) -> Params:
+    """Half of each, of models that were tuned from the same weights; integers are the first's."""
+    return jax.tree.map(lambda x, y: x if x.dtype == jnp.int32 else (x + y) / 2, a, b)
 
 
 def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

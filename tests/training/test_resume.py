@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from checkpoints.store import save_checkpoint
 from dsv4_jax.training.init import InitConfig, init_params
 from dsv4_jax.training.loop import Trainer
 from dsv4_jax.training.precision import Precision, round_weights
-from dsv4_jax.training.restore import export_units
+from dsv4_jax.training.restore import export_units, mean_params
 from dsv4_jax.training.run import load_run
 from tests.training.runs import EVERY_BORDER, ONE_LAYER, SPARSE_ONLY, lines_of, write_config
 
@@ -159,3 +160,10 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
         run = load_run(str(path), [f"start_from={tmp_path / where}"])
         with pytest.raises(ValueError, match=message):
             Trainer(run, tmp_path / "run", io.StringIO(), load_checkpoint)
+
+
+def test_the_mean_of_two_models_keeps_integers():
+    one, other = ({"w": jnp.full(3, x), "table": jnp.arange(3) + int(x)} for x in (1.0, 4.0))
+    mean = mean_params(one, other)
+    np.testing.assert_array_equal(mean["w"], [2.5] * 3)
+    np.testing.assert_array_equal(mean["table"], one["table"])
