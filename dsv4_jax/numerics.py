@@ -22,7 +22,7 @@ from pallas_kernels.block_matmul.api import block_matmul
 from sharding.shards import Shards
 
 FEW_ROWS = 32  # up to these many rows a product is bound by its weights
-ONE_BY_ONE = 3  # up to these many rows, each is a product of its own on CPUs
+ONE_BY_ONE = 4  # up to these many rows, each is a product of its own
 MODES = ("reference", "plain")
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
@@ -93,17 +93,9 @@ class Numerics:
 
 def matmul(x: Array, w: Array) -> Array:
     """`x · wᵀ` over the last dimensions, `w` `[out, in]`; float32 result of exact products."""
-    rows = math.prod(x.shape[:-1])
-    if w.ndim == 2 and 1 < rows <= FEW_ROWS:
-        few = _row_by_row if rows <= ONE_BY_ONE and x.dtype == jnp.float32 else _weight_first
-        return lax.platform_dependent(x, w, cpu=few, default=_dot)
+    if w.ndim == 2 and 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return lax.platform_dependent(x, w, cpu=_weight_first, default=_dot)
     return _dot(x, w)
-
-
-def _row_by_row(x: Array, w: Array) -> Array:
-    """Products with vectors pack nothing."""
-    rows = x.reshape(-1, 1, x.shape[-1])
-    return jnp.concatenate([_dot(row, w) for row in rows]).reshape(*x.shape[:-1], -1)
 
 
 def _weight_first(x: Array, w: Array) -> Array:

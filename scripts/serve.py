@@ -34,7 +34,7 @@ DEMO_NOTICE = (
 )
 DEMO_EXAMPLES = (
     "What is 37+58?",
-    "What is 64 - 28?",
+    "What is 75 - 31?",
     "The code of Anna is 4721.\nNobody saw the drum near the door.\n"
     "The colour of the red mule is amber.\nIn the morning the barn looked smaller.\n\n"
     "What is the code of Anna?",
