@@ -379,16 +379,16 @@ class Scheduler:
         request, delivered = row.request, []
         if row.width and self.config.guesses:
             self._count_guesses(row, len(tokens))
-        log, times, first = request.tokens, request.times, request.num_generated
+        times, first = request.times, request.num_generated
         now = self._clock()
         for at, token in enumerate(tokens if row.samples and request.max_tokens else ()):
             self.metrics.token(request, now)
             if times.first_token is None:
                 times.first_token = now
             times.last_token = now
-            log.append(token)
+            request.tokens.append(token)
             delivered.append(Delivery(request, token, first + at, at))
-            if token in request.stop_ids or len(log) >= request.limit:
+            if is_done(request):
                 break
         if delivered:
             self.queue.charge(request.tenant, DECODE_COST * len(delivered))
