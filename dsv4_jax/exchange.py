@@ -255,9 +255,12 @@ class _Travel(NamedTuple):
 
 
 class _Messages(NamedTuple):
-    """Counts and places of rows by device: sent to it and come from it. out_first: where those
-    sent begin here; there_at: on the receiver. in_first: where those that come begin here; back_at:
-    on the sender. Of receivers the places are those of an inbox with room for all."""
+    """Counts and places of rows by device, int32 `[devices]`: sent to it and come from it.
+
+    out_first: where those sent begin here; there_at: on the receiver. in_first: where those that
+    come begin here; back_at: on the sender. Of receivers the places are those of an inbox with
+    room for all.
+    """
 
     sent: Array
     came: Array
@@ -267,8 +270,8 @@ class _Messages(NamedTuple):
     back_at: Array
 
     def cut(self, low: Array, size: int) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-        """Of rows at `low` to `low + size` of their receivers: how many come, and of messages out
-        and in the first row, the count and the place at the other end."""
+        """Of rows at `low` to `low + size` of their receivers: how many come, a scalar, and of
+        messages out and in the first row, the count and the place at the other end."""
 
         def inside(begin: Array, count: Array) -> tuple[Array, Array]:
             first = jnp.clip(low - begin, 0, count)

@@ -17,8 +17,8 @@ def sum_of(
 ) -> Array:
     """Σ over n < count of `term(n, numbers, *values)`, differentiated by values and closure.
 
-    numbers: integers that a term needs; it may close over floats only. The backward pass computes
-    each term once more.
+    count: int32, a scalar. numbers: integers that a term needs; it may close over floats only. The
+    sum has a term's shape and dtype. The backward pass computes each term once more.
     """
     first = jnp.zeros((), jnp.int32)
     term, closed = jax.closure_convert(term, first, numbers, *values)
