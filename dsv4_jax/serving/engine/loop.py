@@ -451,24 +451,29 @@ class Engine:
 
     def _deliver(self, delivery: Delivery, part: Landed, index: int) -> None:
         request, payload = delivery.request, delivery.request.payload
-        if payload.guide is not None:
-            try:
-                payload.guide.advance(delivery.token)
-            except Exception as error:  # foreign code: it costs this request and no other
-                self.metrics.count("grammar_errors")
-                log.warning("request %s: its guide refused a token: %r", request.id, error)
-                with self._lock:
-                    self._fail(request, error)
-                return
         if payload.is_behind:
             log.warning("request %s: its reader is too slow", request.id)
             with self._lock:
                 self._fail(request, SlowReader("the stream is read more slowly than it grows"))
             return
         best = payload.sampling.logprobs
-        place = index, delivery.at
-        payload.ready.append(token_of(delivery.token, part.logprobs, place, best))
+        for at, token in enumerate(delivery.tokens):
+            if payload.guide is not None and not self._guide(request, token):
+                break
+            payload.ready.append(token_of(token, part.logprobs, (index, at), best))
         self._ready.add(payload)
+
+    def _guide(self, request: Request, token: int) -> bool:
+        """Tells a request's guide a token; a refusal ends the request."""
+        try:
+            request.payload.guide.advance(token)
+        except Exception as error:  # foreign code: it costs this request and no other
+            self.metrics.count("grammar_errors")
+            log.warning("request %s: its guide refused a token: %r", request.id, error)
+            with self._lock:
+                self._fail(request, error)
+            return False
+        return True
 
     def _hand_out(self) -> None:
         """Wakes readers, best while the device works: they contend with this thread."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import (
@@ -13,8 +15,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from dsv4_jax.serving.engine.request import FinishReason, Request, Status
+from dsv4_jax.serving.engine.request import FinishReason, Request, Status, Times
 
 disable_created_metrics()  # a time stamp beside every series is of no use to anyone
 
@@ -78,6 +83,33 @@ def token_buckets(most: int) -> list[int]:
     return [size for size in sizes if size <= most]
 
 
+class Tally(Collector):
+    """A histogram that takes equal values at once: its library's own costs more than a token may.
+
+    One thread adds, any may collect.
+    """
+
+    def __init__(
+        self, name: str, text: str, labels: Mapping[str, str], bounds: Sequence[float]
+    ) -> None:
+        self._name, self._text, self._labels, self._bounds = name, text, labels, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float, count: int) -> None:
+        """Counts `value` so many times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """The family as the registry's text form wants it."""
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        ends = [*(floatToGoString(bound) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        yield family
+
+
 class Metrics:
     """One engine's counters, gauges and histograms.
 
@@ -104,7 +136,6 @@ class Metrics:
         tokens = token_buckets(max_len)
         histograms = {
             "time_to_first_token_seconds": FIRST_TOKEN_S,
-            "inter_token_latency_seconds": PER_TOKEN_S,
             "request_time_per_output_token_seconds": PER_TOKEN_S,
             "e2e_request_latency_seconds": REQUEST_S,
             "request_queue_time_seconds": REQUEST_S,
@@ -124,6 +155,10 @@ class Metrics:
         text = "From the launch of a program to its results on the host."
         name = "step_duration_seconds"
         self._step_seconds = self._make(Histogram, name, text, ("program",), buckets=STEP_S)
+        text = "Between tokens; those that come at once share the time since the ones before."
+        name = prefix + "inter_token_latency_seconds"
+        self._gaps = Tally(name, text, self._labels, PER_TOKEN_S)
+        self.registry.register(self._gaps)
 
     def _make(
         self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **extra: Any
@@ -167,12 +202,13 @@ class Metrics:
             self.count("prefix_cache_replayed_tokens", max(matched - request.cached_tokens, 0))
         self.observe("request_queue_time_seconds", _between(request, "arrived", "started"))
 
-    def token(self, request: Request, now: float) -> None:
-        """Records when a token came, before the request's times take note of it."""
-        if request.times.last_token is None:
-            self.observe("time_to_first_token_seconds", now - request.times.arrived)
+    def tokens(self, times: Times, now: float, count: int) -> None:
+        """Records that so many tokens came, before the request's times take note of them."""
+        if times.last_token is None:
+            self.observe("time_to_first_token_seconds", now - times.arrived)
+            self._gaps.add(0.0, count - 1)
         else:
-            self.observe("inter_token_latency_seconds", now - request.times.last_token)
+            self._gaps.add((now - times.last_token) / count, count)
 
     def guessed(self, guesses: int, taken: int) -> None:
         """Records that so many guesses of a row were verified, of which the first so many stood."""

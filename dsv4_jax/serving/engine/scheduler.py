@@ -16,7 +16,7 @@ from dsv4_jax.serving.engine.pace import Pace
 from dsv4_jax.serving.engine.parking import Parking
 from dsv4_jax.serving.engine.prefill import choose_chunk, piece, prefill_order, same_kind
 from dsv4_jax.serving.engine.prefix import PrefixCache
-from dsv4_jax.serving.engine.request import FinishReason, Request, Status
+from dsv4_jax.serving.engine.request import FinishReason, Request, Status, Times
 from dsv4_jax.serving.engine.slots import InFlight, Row, Slots
 from dsv4_jax.serving.engine.step import Draft, PrefillRow, StepPlan, bucket
 from dsv4_jax.serving.engine.units import UNIT
@@ -29,15 +29,11 @@ MAX_RETRY_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A token that now belongs to a request, as number `index` of what it generated.
-
-    `at`: it was number so many of its step.
-    """
+    """Tokens of one step that now belong to a request, from number `index` of what it generated."""
 
     request: Request
-    token: int
+    tokens: Sequence[int]
     index: int
-    at: int = 0
 
 
 class Scheduler:
@@ -201,7 +197,9 @@ class Scheduler:
             if row.slot in failed:
                 self.finish(row.request, FinishReason.ERROR)
             elif row.request.status is not Status.FINISHED:
-                delivered += self._take(row, tokens.get(row.slot, ()))
+                counted = self._take(row, tokens.get(row.slot, ()))
+                if counted is not None:
+                    delivered.append(counted)
         for node in record.restored:
             self.cache.restored(node)
             self.slots.retry()
@@ -210,7 +208,7 @@ class Scheduler:
         for row in record.rows:
             if row.samples and row.request.status is not Status.FINISHED:
                 self._end_if_done(row.request)
-        self.metrics.count("generation_tokens", len(delivered))
+        self.metrics.count("generation_tokens", sum(len(own.tokens) for own in delivered))
         return delivered
 
     # Inside.
@@ -374,28 +372,28 @@ class Scheduler:
         if samples:
             request.status = Status.RUNNING
 
-    def _take(self, row: Row, tokens: Sequence[int]) -> list[Delivery]:
+    def _take(self, row: Row, tokens: Sequence[int]) -> Delivery | None:
         """Notes what a row computed, and adds its tokens to the log up to the last that counts."""
-        request, delivered = row.request, []
+        request, delivered = row.request, None
         if row.width and self.config.guesses:
             self._count_guesses(row, len(tokens))
-        times, first = request.times, request.num_generated
-        now = self._clock()
-        for at, token in enumerate(tokens if row.samples and request.max_tokens else ()):
-            self.metrics.token(request, now)
-            if times.first_token is None:
-                times.first_token = now
-            times.last_token = now
-            request.tokens.append(token)
-            delivered.append(Delivery(request, token, first + at, at))
-            if is_done(request):
-                break
-        if delivered:
-            self.queue.charge(request.tenant, DECODE_COST * len(delivered))
+        counted = up_to_end(request, tokens) if row.samples else []
+        if counted:
+            self._note_times(request.times, len(counted))
+            delivered = Delivery(request, counted, request.num_generated)
+            request.tokens += counted
+            self.queue.charge(request.tenant, DECODE_COST * len(counted))
         if not request.is_live:
             return delivered
         self.slots.advanced(row) if row.width else self.slots.commit(row)
         return delivered
+
+    def _note_times(self, times: Times, count: int) -> None:
+        now = self._clock()
+        self.metrics.tokens(times, now, count)
+        if times.first_token is None:
+            times.first_token = now
+        times.last_token = now
 
     def _count_guesses(self, row: Row, count: int) -> None:
         guesses = min(row.width, row.end - len(row.request.tokens) + 1) - 1
@@ -406,7 +404,7 @@ class Scheduler:
     def _end_if_done(self, request: Request) -> None:
         if request.num_generated and request.tokens[-1] in request.stop_ids:
             self.finish(request, FinishReason.STOP)
-        elif is_done(request):
+        elif len(request.tokens) >= request.limit:
             self.finish(request, FinishReason.LENGTH)
 
     def _watch(self) -> None:
@@ -446,8 +444,8 @@ def edge_of(request: Request) -> int:
     return (request.planned // UNIT + 1) * UNIT
 
 
-def is_done(request: Request) -> bool:
-    """Whether a request's log is complete."""
-    if request.num_generated and request.tokens[-1] in request.stop_ids:
-        return True
-    return len(request.tokens) >= request.limit
+def up_to_end(request: Request, tokens: Sequence[int]) -> list[int]:
+    """Of the tokens that follow a request's log, those that still count."""
+    counted = list(tokens[: request.limit - len(request.tokens)])
+    ends = (place for place, token in enumerate(counted, 1) if token in request.stop_ids)
+    return counted[: next(ends, None)]

@@ -79,7 +79,7 @@ class Engine:
         deliveries = self.scheduler.complete(step, sampled, failed)
         for delivery in deliveries:
             assert delivery.index == self.delivered.setdefault(delivery.request, 0)
-            self.delivered[delivery.request] += 1
+            self.delivered[delivery.request] += len(delivery.tokens)
         self._collect()
         return deliveries
 
