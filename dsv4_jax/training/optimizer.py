@@ -31,8 +31,11 @@ class OptimizerConfig:
     matrices: "muon"; for comparisons "adamw", which moves every leaf by AdamW, or "optax_muon",
     which moves whole leaves by optax's own Muon (five steps of Newton–Schulz in float32 whatever
     `ns_dtype`, momentum as a mean).
-    decay: decoupled weight decay of every learning leaf. clip: bound of the gradient's global norm,
-    separately for indexers and everything else; 0: none. ns_dtype: operands of Newton–Schulz.
+    decay: decoupled weight decay of every learning leaf. vector_decay: the same of leaves of one
+    dimension (weights of norms, sinks, biases); None: like all. Attention's logits are bounded by
+    those weights, and high rates over few steps shrink them faster than they learn.
+    clip: bound of the gradient's global norm, separately for indexers and everything else; 0: none.
+    ns_dtype: operands of Newton–Schulz.
 
     Raises:
         ValueError: a value out of range.
@@ -44,6 +47,7 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-20
     decay: float = 0.1
+    vector_decay: float | None = None
     clip: float = 1.0
     ns_dtype: str = "float32"
 
@@ -56,6 +60,8 @@ class OptimizerConfig:
         for name in ("decay", "clip", "eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        if self.vector_decay is not None and self.vector_decay < 0:
+            raise ValueError(f"optimizer.vector_decay={self.vector_decay} must not be negative")
 
 
 def make_optimizer(
@@ -83,6 +89,8 @@ def make_optimizer(
         muon = _optax_muon(opt)
     adam = optax.scale_by_adam(opt.b1, opt.b2, opt.eps)
     rules = {"muon": optax.chain(muon, decay), "adamw": optax.chain(adam, decay)}
+    if opt.vector_decay is not None:
+        rules["vectors"] = optax.chain(adam, optax.add_decayed_weights(opt.vector_decay))
     transforms: dict[Any, Any] = {"none": optax.set_to_zero()}
     for side in ("trunk", "indexer"):
         for name, rule in rules.items():
@@ -93,6 +101,8 @@ def make_optimizer(
         if group == "none":
             return group
         side = "indexer" if place.is_index else "trunk"
+        if "vectors" in rules and len(place.spec.dims) == 1:
+            return f"{side} vectors"
         return f"{side} {'adamw' if opt.matrices == 'adamw' else group}"
 
     return optax.partition(transforms, map_places(label, cfg, params))

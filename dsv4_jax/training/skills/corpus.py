@@ -13,6 +13,7 @@ SKILLS: dict[str, Callable[[Maker, bool], Example]] = {
     "arithmetic": arithmetic.make,
     "retrieval": retrieval.make,
     "alike": retrieval.make_alike,
+    "quiz": retrieval.make_quiz,
     "needles": retrieval.make_many,
     "hops": retrieval.make_hops,
     "copy": sequences.make_copy,

@@ -20,6 +20,7 @@ ASK = (
     "Tell me the {f} of {k}.",
 )
 FACT_TOKENS = 12  # about
+TURN_TOKENS = 22  # about: a question, its answer and what is between
 MOST_TURNS = 8
 
 Fact = tuple[str, str, str]  # field, key, value
@@ -36,19 +37,43 @@ def make(maker: Maker, thinking: bool) -> Example:
 
 def make_alike(maker: Maker, thinking: bool) -> Example:
     """Facts whose keys share words, little between them, and questions about most of them."""
-    rng = maker.rng
     room = _room(maker)
-    count = rng.randint(3, max(min(room // FACT_TOKENS, 32), 3))
+    count = maker.rng.randint(3, max(min(room // FACT_TOKENS, 32), 3))
+    facts = _facts(maker, count, keys=_keys_alike(maker, count))
+    return _questions(maker, "facts alike", facts, room, thinking)
+
+
+def make_quiz(maker: Maker, thinking: bool) -> Example:
+    """Documents of little but facts, and questions about as many of them as there is room for.
+
+    Most of a chat's tokens are the document's, so many questions about one teach more per token.
+    """
+    rng, left = maker.rng, maker.tokens - 60
+    room = rng.randint(min(80, left // 2), left // 2)
+    count = max(int(room / FACT_TOKENS * rng.uniform(0.4, 1)), 2)
+    keys = _keys_alike(maker, count) if rng.random() < 0.5 else None
+    facts = _facts(maker, count, keys=keys)
+    most = 1 if thinking else (maker.tokens - 60 - room) // TURN_TOKENS
+    return _questions(maker, "quiz", facts, room, thinking, most)
+
+
+def _keys_alike(maker: Maker, count: int) -> list[str]:
+    rng = maker.rng
     colours, things = rng.sample(words.COLOURS, 3), rng.sample(THINGS, 2 + count // 3)
     keys = [f"the {colour} {thing}" for colour in colours for thing in things]
-    keys = rng.sample(keys, 2 * len(keys) // 3) + rng.sample(words.NAMES, len(keys) // 3)
-    return _questions(maker, "facts alike", _facts(maker, count, keys=keys), room, thinking)
+    return rng.sample(keys, 2 * len(keys) // 3) + rng.sample(words.NAMES, len(keys) // 3)
 
 
-def _questions(maker: Maker, skill: str, facts: list[Fact], room: int, thinking: bool) -> Example:
-    """A document that tells facts, and questions about them, one a turn; one when thinking."""
+def _questions(
+    maker: Maker, skill: str, facts: list[Fact], room: int, thinking: bool, turns: int = 0
+) -> Example:
+    """A document that tells facts, and questions about them, one a turn; one when thinking.
+
+    turns: how many, if there are as many facts; 0 draws them.
+    """
     rng = maker.rng
-    asked = rng.sample(facts, min(len(facts), 1 if thinking else rng.randint(1, MOST_TURNS)))
+    turns = turns or (1 if thinking else rng.randint(1, MOST_TURNS))
+    asked = rng.sample(facts, min(len(facts), turns))
     text = _document(maker, [_tell(f) for f in facts], room)
     messages = []
     for number, (field, key, value) in enumerate(asked):
