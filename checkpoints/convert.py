@@ -1,4 +1,8 @@
-"""Official checkpoint → Orbax units, streamed one unit at a time, resumable at unit boundaries."""
+"""Official checkpoint → Orbax units, streamed one unit at a time, resumable at unit boundaries.
+
+Several hosts may share the work and a directory: each converts its units, the first one begins and
+ends. They speak through the files of `resume.py` alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from checkpoints.check import check_tensors, check_values, detect_formats
 from checkpoints.errors import CheckpointError, writing
 from checkpoints.hf_reader import HfReader, open_checkpoint
 from checkpoints.manifest import (
+    MANIFEST_NAME,
     PLAN_FOLDER,
     Leaf,
     Manifest,
@@ -23,6 +28,7 @@ from checkpoints.manifest import (
     write_manifest,
 )
 from checkpoints.names import Entry, copy_names, leaf_structs
+from checkpoints.plan import unit_bytes, units_of
 from checkpoints.progress import Progress
 from checkpoints.transforms import InexactError, fp4_to_fp8, to_bf16
 from dsv4_jax.config import ModelConfig
@@ -35,7 +41,8 @@ Leaves = dict[str, dict[str, Leaf]]
 
 @dataclass(frozen=True)
 class Job:
-    """A checked conversion: source, stored and wanted configuration, official tensors per unit."""
+    """A checked conversion: source, stored and wanted configuration, official tensors per unit, and
+    the units that this host converts."""
 
     reader: HfReader
     stored: ModelConfig
@@ -43,11 +50,37 @@ class Job:
     entries: dict[str, list[Entry]]
     experts: str
     dst: Path
+    units: list[str]
 
     def unit_bytes(self, unit: str) -> int:
         """Bytes of the unit as it will be written."""
-        structs = leaf_structs(self.wanted, unit_specs(self.wanted)[unit]).values()
-        return sum(s.size * s.dtype.itemsize for s in structs)
+        return unit_bytes(self.wanted, unit)
+
+    @property
+    def foreign(self) -> list[str]:
+        """Units of other hosts."""
+        return [unit for unit in self.entries if unit not in self.units]
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of `count` hosts that convert together; they share source and destination.
+
+    Raises:
+        ValueError: no such host.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"--host-index {self.index} must be at least 0 and less than --hosts {self.count}"
+            )
+
+
+ALONE = Host()
 
 
 def convert(
@@ -59,7 +92,24 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Converts the official checkpoint at `src` into an Orbax checkpoint at `dst`.
+    """`convert_share` of a host that is alone: returns the manifest."""
+    manifest = convert_share(src, dst, ALONE, experts, workers, verify, overwrite, progress)
+    assert manifest is not None
+    return manifest
+
+
+def convert_share(
+    src: str | Path,
+    dst: str | Path,
+    host: Host,
+    experts: str = "keep",
+    workers: int = 1,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest | None:
+    """Converts this host's units of the official checkpoint at `src` into an Orbax checkpoint at
+    `dst`. Host 0 waits for the others and returns the manifest, which ends the conversion.
 
     experts: "keep" stores routed experts as they are, "fp8" turns FP4 into FP8 without loss,
         "bf16" dequantises them. workers: units in flight; each takes up to twice the bytes of the
@@ -72,35 +122,47 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     progress = progress or Progress("convert", quiet=True)
-    job = prepare(src, dst, experts)
+    job = prepare(src, dst, experts, host)
     plan = resume.make_plan(job.reader, experts)
-    if not (src / "tokenizer.json").is_file():
+    is_first = host.index == 0
+    if is_first and not (src / "tokenizer.json").is_file():
         progress.note(
             f"warning: {src} has no tokenizer.json; the result will run on token ids only"
         )
     with writing(str(dst)):
-        resume.check_destination(dst, plan, overwrite)
-        (dst / PLAN_FOLDER).mkdir(parents=True, exist_ok=True)
-        with files.exclusive(dst / PLAN_FOLDER / resume.LOCK_NAME):
+        if is_first or (dst / MANIFEST_NAME).exists():
             resume.check_destination(dst, plan, overwrite)
-            finished = resume.open_destination(dst, plan, job.entries)
+        (dst / PLAN_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = resume.LOCK_NAME if is_first else f"{resume.LOCK_NAME}_{host.index}"
+        with files.exclusive(dst / PLAN_FOLDER / lock):
+            if is_first:
+                resume.check_destination(dst, plan, overwrite)
+                finished = resume.open_destination(dst, plan, job.units, job.foreign)
+            else:
+                finished = resume.await_destination(dst, plan, job.units, job.foreign)
+            mark = resume.mark_path(dst, host.index, host.count)
+            mark.unlink(missing_ok=True)
             leaves = _convert_units(job, finished, workers, progress)
             if verify:
                 verify_units(dst, job.wanted, leaves, progress)
-            manifest = _finish(job, leaves)
+            if not is_first:
+                files.write_json(mark, {"verified": verify})
+                return None
+            resume.await_hosts(dst, host.count, verify, progress.note)
+            manifest = _finish(job, {u: resume.read_record(dst, u) for u in job.entries})
             shutil.rmtree(dst / PLAN_FOLDER)
     return manifest
 
 
-def prepare(src: Path, dst: Path, experts: str) -> Job:
-    """Opens and checks everything that can be checked before anything is written."""
+def prepare(src: Path, dst: Path, experts: str, host: Host = ALONE) -> Job:
+    """Opens and checks everything that can be checked before anything is written: of all tensors
+    what their headers say, values of this host's units."""
     if experts not in EXPERT_MODES:
         raise ValueError(f"experts={experts!r} must be one of {EXPERT_MODES}")
     reader = open_checkpoint(src)
     files.check_separate(src, dst)
     stored = detect_formats(reader, config_from_hf(reader.config))
     entries = check_tensors(reader, stored)
-    check_values(reader, entries, stored)
     wanted = stored
     if experts == "fp8" and stored.expert_format != "fp8":
         if stored.expert_format != "fp4":
@@ -115,7 +177,10 @@ def prepare(src: Path, dst: Path, experts: str) -> Job:
     for entry in entries:
         if entry.name not in copies:
             by_unit[entry.unit].append(entry)
-    return Job(reader, stored, wanted, by_unit, experts, dst)
+    sizes = {unit: unit_bytes(wanted, unit) for unit in by_unit}
+    units = units_of(sizes, host.count, host.index)
+    check_values(reader, [e for e in entries if e.unit in units], stored)
+    return Job(reader, stored, wanted, by_unit, experts, dst, units)
 
 
 def read_unit(job: Job, unit: str) -> dict[str, np.ndarray]:
@@ -171,9 +236,9 @@ def verify_units(path: Path, cfg: ModelConfig, leaves: Leaves, progress: Progres
 
 
 def _convert_units(job: Job, finished: list[str], workers: int, progress: Progress) -> Leaves:
-    """Converts the units that are not finished; returns the leaves of all, in unit order."""
-    sizes = {unit: job.unit_bytes(unit) for unit in job.entries}
-    todo = [unit for unit in job.entries if unit not in finished]
+    """Converts this host's units that are not finished; returns the leaves of all of them."""
+    sizes = {unit: job.unit_bytes(unit) for unit in job.units}
+    todo = [unit for unit in job.units if unit not in finished]
     files.check_space(job.dst, sum(sizes[unit] + UNIT_OVERHEAD for unit in todo))
     if finished:
         progress.note(f"continuing: {len(finished)} of {len(sizes)} units are done")
@@ -188,7 +253,7 @@ def _convert_units(job: Job, finished: list[str], workers: int, progress: Progre
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     progress.finish()
-    return {unit: resume.read_record(job.dst, unit) for unit in job.entries}
+    return {unit: resume.read_record(job.dst, unit) for unit in job.units}
 
 
 def _convert_unit(job: Job, unit: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from checkpoints.manifest import (
 )
 
 PLAN_NAME, LOCK_NAME = "plan.json", "lock"
+PLAN_WAIT_S, POLL_S = 600.0, 1.0  # for host 0 to begin; between looks at a shared directory
 Plan = dict[str, Any]
 
 
@@ -69,8 +71,12 @@ def check_destination(dst: Path, plan: Plan, overwrite: bool) -> None:
         )
 
 
-def open_destination(dst: Path, plan: Plan, units: Iterable[str]) -> list[str]:
-    """Brings an accepted destination into a state to write to; returns the finished units.
+def open_destination(
+    dst: Path, plan: Plan, units: Iterable[str], foreign: Collection[str] = ()
+) -> list[str]:
+    """Brings an accepted destination into a state to write to; returns the finished `units`.
+
+    foreign: units of other hosts, which may be at work on them.
 
     Killed anywhere, it leaves a complete checkpoint, or a plan that no stale record belongs to.
     """
@@ -83,16 +89,58 @@ def open_destination(dst: Path, plan: Plan, units: Iterable[str]) -> list[str]:
         files.write_json(plan_path, plan)
         (dst / MANIFEST_NAME).unlink(missing_ok=True)
         files.remove_companions(dst)
-    return _finished_units(dst, units)
+    return _finished_units(dst, units, foreign)
 
 
-def _finished_units(dst: Path, units: Iterable[str]) -> list[str]:
+def await_destination(
+    dst: Path, plan: Plan, units: Iterable[str], foreign: Collection[str]
+) -> list[str]:
+    """`open_destination` of a host other than the first, which has to begin.
+
+    Raises:
+        CheckpointError: host 0 did not begin in time.
+    """
+    path, until = dst / PLAN_FOLDER / PLAN_NAME, time.monotonic() + PLAN_WAIT_S
+    while not (path.exists() and _old_plan(dst) == plan):
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"host 0 has not begun to convert the same source to {dst}: start the same "
+                "command on every host, with SRC and DST that all of them share"
+            )
+        time.sleep(POLL_S)
+    return _finished_units(dst, units, foreign)
+
+
+def mark_path(dst: Path, index: int, hosts: int) -> Path:
+    """The file that says that a host has done its share."""
+    return dst / PLAN_FOLDER / f"host_{index}_of_{hosts}.json"
+
+
+def await_hosts(dst: Path, hosts: int, verified: bool, note: Callable[[str], None]) -> None:
+    """Waits, as long as it takes, until every other host has done its share.
+
+    Raises:
+        CheckpointError: a host was told otherwise whether to verify.
+    """
+    waiting: list[int] = []
+    while left := [i for i in range(1, hosts) if not mark_path(dst, i, hosts).exists()]:
+        if left != waiting:
+            note(f"waiting for hosts {', '.join(map(str, left))}")
+            waiting = left
+        time.sleep(POLL_S)
+    for index in range(1, hosts):
+        path = mark_path(dst, index, hosts)
+        if files.read_json(path, "convert again")["verified"] != verified:
+            raise CheckpointError(f"host {index} was started with another --verify than host 0")
+
+
+def _finished_units(dst: Path, units: Iterable[str], foreign: Collection[str]) -> list[str]:
     """Units with a record and data; what a killed run left half-written is removed."""
     params = dst / PARAMS_FOLDER
     params.mkdir(exist_ok=True)
     recorded = [unit for unit in units if record_path(dst, unit).exists()]
     for folder in params.iterdir():
-        if folder.name not in recorded:
+        if folder.name not in recorded and folder.name.partition(".")[0] not in foreign:
             shutil.rmtree(folder)
     return [unit for unit in recorded if (params / unit).is_dir()]
 

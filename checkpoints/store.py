@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ __all__ = [
     "save_checkpoint",
     "save_unit",
 ]
-CHUNK_BYTES = 16 << 20  # along experts first: a host reads little more than its own share
+CHUNK_BYTES = 16 << 20  # at most; what a device holds a part of is read in whole chunks
+STACK_RANK = 3  # of experts' matrices
 DATA_FILE_BYTES = 128 << 20  # Orbax buffers about this much; its default of 2 GiB doubles memory
 RELEASE_BYTES = 64 << 20
 
@@ -112,9 +114,7 @@ def save_unit(path: str | Path, unit: str, tree: Any) -> None:
     """
     folder = unit_path(path, unit)
     nested = _nest(flatten(tree))
-    save_args = jax.tree.map(
-        lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), nested
-    )
+    save_args = jax.tree.map(_save_args, nested)
     request = ocp.args.PyTreeSave(
         nested, save_args=save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES
     )
@@ -152,6 +152,18 @@ def densify(tree: Any, dtype: Any) -> Any:
         return dequantize(node, dtype) if isinstance(node, QuantizedArray) else node
 
     return jax.tree.map(dense, tree, is_leaf=lambda n: isinstance(n, QuantizedArray))
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Shape of the pieces in which an array is stored and read: single experts of a stack, the
+    largest dimension cut further until a piece has no more than `CHUNK_BYTES`."""
+    piece = list(shape)
+    if len(piece) == STACK_RANK:
+        piece[0] = 1
+    while math.prod(piece) * itemsize > CHUNK_BYTES:
+        dim = piece.index(max(piece))
+        piece[dim] = next(n for n in range(piece[dim] - 1, 0, -1) if shape[dim] % n == 0)
+    return tuple(piece)
 
 
 def unit_path(path: str | Path, unit: str) -> Path:
@@ -231,6 +243,13 @@ def _release(arrays: Any) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _save_args(array: Any) -> ocp.SaveArgs:
+    """What makes Orbax choose `chunk_shape`. Its `shard_axes` are cut down to single entries, which
+    is right for experts and would store a matrix row by row."""
+    axes = (0,) if np.ndim(array) == STACK_RANK else ()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:

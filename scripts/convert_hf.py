@@ -44,6 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--verify", action="store_true", help="read everything back and compare checksums"
     )
+    work.add_argument(
+        "--hosts",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="that convert together, each some layers: start the same command on every one, with "
+        "a SRC and a DST that all of them share (default 1)",
+    )
+    work.add_argument(
+        "--host-index", type=int, default=0, metavar="I", help="which one this is; host 0 ends it"
+    )
     return parser
 
 
@@ -51,18 +62,21 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator
     from checkpoints.command import run  # late: --help and usage errors answer at once
-    from checkpoints.convert import convert
+    from checkpoints.convert import Host, convert_share
 
     def work(progress: Progress) -> str:
-        manifest = convert(
+        manifest = convert_share(
             args.src,
             args.dst,
+            Host(args.host_index, args.hosts),
             experts=args.experts,
             workers=args.workers,
             verify=args.verify,
             overwrite=args.overwrite,
             progress=progress,
         )
+        if manifest is None:
+            return f"{args.dst}: host {args.host_index} has done its share, host 0 ends it"
         size = sum(leaf.nbytes for unit in manifest.units.values() for leaf in unit.values())
         return f"{args.dst}: {len(manifest.units)} units, {size / 1e9:.3f} GB"
 

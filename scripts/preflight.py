@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv4_jax.config import ModelConfig
     from dsv4_jax.preflight.compile import Report
+    from sharding.mesh import MeshShape
+
+CHIPS_PER_HOST = 4  # of slices of more than one host
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.explain or args.estimate:
         tell = command.explain if args.explain else command.estimates
         print(tell(cfg, args.topology, args.program, sizes, shape, args.json))
+        if args.explain and shape and not args.json:
+            print(loading(args, cfg, shape))
         return 0
     if reason := aot.skip_reason():
         raise ValueError(f"{reason} (--estimate and --explain work without)")
@@ -73,6 +78,16 @@ def run(args: argparse.Namespace) -> int:
     where = (args.topology, args.program, sizes, shape, args.exchange)
     report = command.compile_one(args.model, cfg, *where, say)
     return answer(args, report, lambda: command.advice(cfg, report, sizes))
+
+
+def loading(args: argparse.Namespace, cfg: ModelConfig, shape: MeshShape) -> str:
+    from checkpoints import plan
+    from dsv4_jax.preflight.programs import rules_of
+    from sharding.mesh import MeshSizes, num_chips
+    from sharding.shards import Shards
+
+    hosts = max(num_chips(args.topology) // CHIPS_PER_HOST, 1)
+    return plan.describe(cfg, Shards(MeshSizes(shape), rules_of(args.program)), hosts)
 
 
 def train(args: argparse.Namespace, cfg: ModelConfig) -> int:

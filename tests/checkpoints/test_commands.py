@@ -25,7 +25,7 @@ def test_help_is_grouped_and_names_every_flag(name):
     done = run_script(name, "--help")
     assert done.returncode == 0 and not done.stderr
     flags = {
-        "convert_hf.py": "SRC DST --experts --workers --verify --overwrite",
+        "convert_hf.py": "SRC DST --experts --workers --verify --overwrite --hosts --host-index",
         "export_hf.py": "SRC DST --format --overwrite",
     }[name]
     assert all(flag in done.stdout for flag in flags.split())

@@ -1,11 +1,13 @@
 """Restoring units as the model does: whole, sharded, densified; and clear refusals."""
 
+import math
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -203,3 +205,29 @@ def test_config_is_the_official_one(converted):
     assert (cfg.dim, cfg.num_layers, cfg.compress_ratios) == (256, 3, (0, 4, 128, 0))
     text = (converted["instruct"] / "config.json").read_text()
     assert text == (INSTRUCT / "config.json").read_text()
+
+
+def test_arrays_are_stored_in_few_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1 << 20)
+    shapes = {
+        "experts": (6, 64, 128),
+        "large": (3, 2048, 768),
+        "matrix": (3072, 1024),
+        "hash": (4096, 6),
+    }
+    arrays = {
+        name: np.random.default_rng(0).integers(1, 255, shape, np.uint8)
+        for name, shape in shapes.items()
+    }
+    store.save_unit(tmp_path, "unit", arrays)
+    pieces = {name: store.chunk_shape(shape, 1) for name, shape in shapes.items()}
+    assert pieces["experts"] == (1, 64, 128)  # a host reads its own experts
+    assert pieces["hash"] == (4096, 6)
+    assert math.prod(pieces["large"]) <= 1 << 20 and math.prod(pieces["matrix"]) <= 1 << 20
+    for name, piece in pieces.items():
+        base = {"driver": "ocdbt", "base": f"file://{store.unit_path(tmp_path, 'unit')}/"}
+        stored = tensorstore.open(
+            {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
+        ).result()
+        assert stored.chunk_layout.read_chunk.shape == piece, name
+        np.testing.assert_array_equal(stored.read().result(), arrays[name])

@@ -1,11 +1,15 @@
 """Meshes, rules and placement: every dimension has a rule, and nothing large is everywhere."""
 
+import ast
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import dsv4_jax
 from dsv4_jax import presets
 from dsv4_jax.cache import init_cache
 from dsv4_jax.dims import DIMS
@@ -13,6 +17,8 @@ from dsv4_jax.model import init_params
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.parallel import check
 from dsv4_jax.placement import cache_specs, explain, logical, param_specs
+from dsv4_jax.preflight import slices
+from dsv4_jax.preflight.programs import Sizes
 from sharding.mesh import AXES, MeshShape, MeshSizes, make_mesh, meshes_of, nearest, num_chips
 from sharding.rules import RULES, SERVE, TRAIN, make_rules, spec_of
 from sharding.shards import Shards
@@ -28,6 +34,21 @@ def described(mesh: str, rules=SERVE) -> Shards:
 def test_every_named_dimension_has_a_rule(rules):
     for letter, dim in DIMS.items():
         assert set(rules.axes(dim.logical)) <= set(AXES), letter
+
+
+def test_every_activation_is_named_after_dimensions():
+    """So that each has a rule. Digits and other small letters are sizes within one function."""
+    folder, count = Path(dsv4_jax.__file__).parent, 0
+    for path in [*folder.glob("*.py"), *folder.glob("training/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "id", getattr(node, "arg", getattr(node, "attr", None)))
+            if found := re.fullmatch(
+                r"_?[a-z][a-z0-9_]*_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*)", name or ""
+            ):
+                count += 1
+                unknown = {letter for letter in found[1] if letter.isupper()} - DIMS.keys()
+                assert not unknown, f"{path.name}: {name}"
+    assert count > 1000
 
 
 @pytest.mark.parametrize("model", ["v4-flash", "v4-pro-base"])
@@ -58,6 +79,20 @@ def test_experts_are_spread_evenly(model, mesh):
     rows = [row for row in explain(presets.PRESETS[model](), shards) if "experts" in row.name]
     total, held = (sum(getattr(row, f"{k}_bytes") for row in rows) for k in ("total", "device"))
     assert held <= 1.1 * total / MeshShape.parse(mesh).num_devices
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "devices", "batch"),
+    [("v4-flash", "v5e", 16, 1), ("v4-pro", "v6e", 64, 4), ("v4-pro", "v5e", 128, 4)],
+)
+def test_contexts_are_split_where_sequences_are_fewer_than_devices(model, kind, devices, batch):
+    """By the mesh that preflight takes by itself; with Pro no other one fits."""
+    cfg, sizes = presets.PRESETS[model](), Sizes(batch, 1 << 20, 1)
+    best, *others = slices.ranked(cfg, kind, devices, "decode", sizes)
+    assert best.mesh.context > 1 and slices.fits(best, kind)
+    whole = [e for e in others if e.mesh.context == 1 and slices.fits(e, kind)]
+    assert all(e.cache > best.cache for e in whole)
+    assert model == "v4-flash" or not whole
 
 
 def test_training_stores_experts_over_fsdp_too():
