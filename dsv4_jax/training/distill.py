@@ -10,15 +10,54 @@ teacher's hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv4_jax.training.cross_entropy import LOGIT_BUDGET, SLICES, SMALLEST, dot, learnt_first, slices
+from dsv4_jax.training.cross_entropy import (
+    LOGIT_BUDGET,
+    SLICES,
+    SMALLEST,
+    dot,
+    learnt_first,
+    slices,
+)
 
 LEAST_TILE = 128  # ids of a tile, however many tokens a slice has
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """path: a run or converted checkpoint of the same model. weight: w of the sum over teachers."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Learns, on text that the student wrote, to predict as its teachers do.
+
+    teachers: run beside the student; a rollout that names a teacher has that one alone, other text
+    has all. single_sample: the cheap mode: instead of the KL over the vocabulary its estimate from
+    the token that was drawn, whose gradient is right on average but varies much more.
+
+    Raises:
+        ValueError: there is no teacher, or a weight is not positive.
+    """
+
+    teachers: tuple[Teacher, ...]
+    single_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ValueError("objective.teachers is empty: distillation needs at least one")
+        for teacher in self.teachers:
+            if not teacher.weight > 0:
+                raise ValueError(f"teacher {teacher.path}: weight={teacher.weight} must be > 0")
 
 
 class _Sums(NamedTuple):
@@ -56,14 +95,14 @@ def reverse_kl(
     Raises:
         ValueError: the vocabularies differ.
     """
-    return _reverse_kl(y_UD, head_VD, other_Ud, other_head_Vd, weight_U, False)[0]
+    return _reverse_kl(y_UD, head_VD, other_Ud, other_head_Vd, weight_U, learns=False)[0]
 
 
 def token_kl(y_UD: Array, head_VD: Array, other_Ud: Array, other_head_Vd: Array) -> Array:
     """KL(student ‖ teacher) of every token, float32 `[U]`; not meant to be differentiated."""
     heads = _heads(y_UD, head_VD, other_Ud, other_head_Vd)
     sliced = _sliced(y_UD, other_Ud)
-    found = lax.map(lambda chunk: _first_pass(*chunk, *heads).kl, sliced)
+    found = lax.map(lambda chunk: _first_pass(chunk[0], chunk[1], *heads).kl, sliced)
     return found.reshape(-1)[: len(y_UD)]
 
 
@@ -188,9 +227,12 @@ def _reverse_kl(
     return total, g_y.reshape(-1, y_UD.shape[1])[back_U], g_head
 
 
-def _forward(*arrays: Array) -> tuple[Array, tuple[Any, ...]]:
-    total, g_y_UD, g_head_VD = _reverse_kl(*arrays, True)
-    return total, (g_y_UD, g_head_VD.astype(arrays[1].dtype))
+def _forward(
+    y_UD: Array, head_VD: Array, other_Ud: Array, other_head_Vd: Array, weight_U: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    rest = (other_Ud, other_head_Vd, weight_U)
+    total, g_y_UD, g_head_VD = _reverse_kl(y_UD, head_VD, *rest, learns=True)
+    return total, (g_y_UD, g_head_VD.astype(head_VD.dtype))
 
 
 def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
@@ -200,3 +242,13 @@ def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
 
 
 reverse_kl.defvjp(_forward, _backward)
+
+
+def sampled_kl(log_p_U: Array, log_q_U: Array, weight_U: Array) -> Array:
+    """Σ weight · (log p − log q) of drawn tokens, float32 scalar; differentiable by log_p_U.
+
+    log_q_U: of the teacher, constant. The gradient is that of the policy gradient with advantage
+    log q − log p.
+    """
+    gap_U = lax.stop_gradient(weight_U * (log_p_U - log_q_U))
+    return gap_U.sum() + (gap_U * (log_p_U - lax.stop_gradient(log_p_U))).sum()

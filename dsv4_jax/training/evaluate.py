@@ -15,7 +15,7 @@ import numpy as np
 from dsv4_jax import model
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.training.batch import Batch, ahead, target_mask
+from dsv4_jax.training.batch import Batch, ahead, from_fields, target_mask
 from dsv4_jax.training.cross_entropy import token_losses
 from dsv4_jax.training.data.source import Rows
 from dsv4_jax.training.forward import forward
@@ -82,7 +82,7 @@ def served_scorer(cfg: ModelConfig, num: Numerics, length: int) -> Callable[[Any
 def batches(rows: Rows, count: int, size: int) -> Iterator[Batch]:
     """The first `count` rows, `size` at a time (the last batch may repeat some of the first)."""
     for first in range(0, count, size):
-        yield Batch(*map(jnp.asarray, rows.batch(first, range(size))))
+        yield jax.tree.map(jnp.asarray, from_fields(rows.batch(first, range(size))[:4]))
 
 
 def evaluate(

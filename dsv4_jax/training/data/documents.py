@@ -20,11 +20,21 @@ from dsv4_jax.tokenizer import Tokenizer
 SUFFIXES = (".txt", ".jsonl", ".array_record")
 
 
+class Note(NamedTuple):
+    """What is known of a document that a model drew. log_probs: float32, as the sampler gave them
+    to every token (0 where it was not drawn). teacher: which one it is for; -1: all."""
+
+    log_probs: np.ndarray
+    advantage: float
+    teacher: int = -1
+
+
 class Document(NamedTuple):
-    """Token ids, int32, and which of them are learnt, bool."""
+    """Token ids, int32, and which of them are learnt, bool; a note on rollouts."""
 
     tokens: np.ndarray
     learn: np.ndarray
+    note: Note | None = None
 
 
 def find_files(sources: Iterable[str | Path]) -> list[Path]:
