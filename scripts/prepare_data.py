@@ -3,7 +3,8 @@
 python scripts/prepare_data.py corpus/ chats.jsonl --out runs/data --tokenizer DIR --lengths 512
 python scripts/prepare_data.py drawn.jsonl --rollouts --out runs/drawn --tokenizer DIR --lengths 256
 
-Reads .txt (one document each), .jsonl and .array_record (texts, {"text": …}, or chats
+Reads .txt (one document each), .jsonl and .array_record (texts, {"text": …},
+{"prefix": …, "suffix": …, "middle": …}, or chats
 {"messages": […], "tools": […], "thinking": true}). Of chats only the assistant's part is learnt.
 With --rollouts: lines of make_rollouts.py, for objective=Grpo(…) or Distill(…).
 """

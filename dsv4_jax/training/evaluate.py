@@ -91,7 +91,8 @@ def evaluate(
     data: Iterator[Batch],
     bytes_of: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Mean losses in nats over learnt targets, and where they arise.
+    """Mean losses in nats over learnt targets, and where they arise: by how many tokens of its
+    document the model had seen (`position`), and by the document's length.
 
     bytes_of: bytes that every token id stands for; adds `bits_per_byte`.
     """
@@ -109,7 +110,7 @@ def evaluate(
         for name in ("mtp", "agrees"):
             if name in found:
                 add(name, found[name][second].astype(np.float32))
-        position, size = np.asarray(batch.position_BT), _document_size(batch)
+        position, size = np.asarray(batch.position_BT) + 1, _document_size(batch)
         for bucket in _buckets(position[first]):
             inside = first & (_bucket(position) == bucket)
             add(f"position {2**bucket}-{2 ** (bucket + 1) - 1}", found["loss"][inside])
