@@ -75,21 +75,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def load_plain(args: argparse.Namespace) -> tuple[Any, Any]:
     """The program and float32 parameters of a run or a converted checkpoint."""
-    import jax
-    import jax.numpy as jnp
-
     from checkpoints.load import load_checkpoint
     from dsv4_jax.training.program import Program
-    from dsv4_jax.training.restore import MODEL_FILE, model_of, newest_params
+    from dsv4_jax.training.restore import plain_model
 
-    if (Path(args.model) / MODEL_FILE).is_file():
-        cfg = model_of(args.model)
-        params = newest_params(args.model, cfg)
-    else:
-        cfg, params = load_checkpoint(args.model, dense_dtype=jnp.float32)
-        params = jax.tree.map(
-            lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, params
-        )
+    cfg, params = plain_model(args.model, load_checkpoint)
     program = Program(
         cfg,
         sparse=not args.dense,

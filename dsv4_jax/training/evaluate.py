@@ -15,7 +15,7 @@ import numpy as np
 from dsv4_jax import model
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.training.batch import Batch, ahead, target_mask
+from dsv4_jax.training.batch import Batch, ahead, from_fields, target_mask
 from dsv4_jax.training.cross_entropy import token_losses
 from dsv4_jax.training.data.source import Rows
 from dsv4_jax.training.forward import forward
@@ -82,7 +82,7 @@ def served_scorer(cfg: ModelConfig, num: Numerics, length: int) -> Callable[[Any
 def batches(rows: Rows, count: int, size: int) -> Iterator[Batch]:
     """The first `count` rows, `size` at a time (the last batch may repeat some of the first)."""
     for first in range(0, count, size):
-        yield Batch(*map(jnp.asarray, rows.batch(first, range(size))))
+        yield jax.tree.map(jnp.asarray, from_fields(rows.batch(first, range(size))[:4]))
 
 
 def evaluate(
@@ -91,7 +91,8 @@ def evaluate(
     data: Iterator[Batch],
     bytes_of: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Mean losses in nats over learnt targets, and where they arise.
+    """Mean losses in nats over learnt targets, and where they arise: by how many tokens of its
+    document the model had seen (`position`), and by the document's length.
 
     bytes_of: bytes that every token id stands for; adds `bits_per_byte`.
     """
@@ -109,7 +110,7 @@ def evaluate(
         for name in ("mtp", "agrees"):
             if name in found:
                 add(name, found[name][second].astype(np.float32))
-        position, size = np.asarray(batch.position_BT), _document_size(batch)
+        position, size = np.asarray(batch.position_BT) + 1, _document_size(batch)
         for bucket in _buckets(position[first]):
             inside = first & (_bucket(position) == bucket)
             add(f"position {2**bucket}-{2 ** (bucket + 1) - 1}", found["loss"][inside])

@@ -141,13 +141,16 @@ def _mtp(
     """
     cfg, num, shards = program.cfg, program.num, program.shards
     w = join(program, mtp_specs(cfg), params["mtp"][0])
+    embed_VD = params["top"]["embed"]
+    if program.objective is not None:  # what it learns then is its own affair
+        h_BTMD, embed_VD = lax.stop_gradient((h_BTMD, embed_VD))
     whole, length = layout.whole, layout.batch.tokens_BT.shape[1]
     next_BT = own_part(shards, ahead(whole.tokens_BT, 1), length)
     inside_BT = ahead(whole.segment_BT, 1) == whole.segment_BT
     whole = whole._replace(segment_BT=jnp.where(inside_BT, whole.segment_BT, 0))
     inner = jax.tree.map(lambda x: own_part(shards, x, length), whole)
     layout = layout._replace(batch=inner, whole=whole)
-    e_BTD = rms_norm(num.cast(params["top"]["embed"][next_BT]), w["enorm"], cfg.norm_eps, num)
+    e_BTD = rms_norm(num.cast(embed_VD[next_BT]), w["enorm"], cfg.norm_eps, num)
     e_BTD = dense(e_BTD, w["e_proj"], program.precision)
     s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
     s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)

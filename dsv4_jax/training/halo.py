@@ -51,6 +51,12 @@ def targets(shards: Shards, batch: Batch, steps: int) -> tuple[Array, Array]:
     return tokens_BT, learnt_BT
 
 
+def next_ones(shards: Shards, x_BT: Array) -> Array:
+    """`x` of token t + 1 at every own token t; zeros behind the row's end."""
+    whole_BT = shards.join(x_BT, "context", 1)
+    return own_part(shards, ahead(whole_BT, 1), x_BT.shape[1])
+
+
 def rows_before(shards: Shards, ratio: int) -> int:
     """Tokens in front of its own that a device needs for compressed rows that end in its part."""
     if shards.count("context") == 1:
@@ -79,10 +85,10 @@ def check_length(cfg: ModelConfig, shards: Shards, length: int) -> None:
 
 
 def document_sums(x_BTn: Array, segment_BT: Array, shards: Shards) -> Array:
-    """For every token Σ x over its document, wherever in the row that lies; int32 `[B, T, n]`.
+    """For every token Σ x over its document, wherever in the row that lies; `[B, T, n]` as x.
 
     A part has at most two documents in common with others, its first and its last one: their sums
-    are all that is exchanged. Sums of integers have no order.
+    are all that is exchanged. Sums of integers have no order; those of floats have.
     """
     rows, length = segment_BT.shape
     starts_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)))

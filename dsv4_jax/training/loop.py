@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.checkpoint import Checkpoints
 from dsv4_jax.training.data.source import Prefetch, Rows
+from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.guard import Guard
 from dsv4_jax.training.halo import check_length
 from dsv4_jax.training.init import init_params
@@ -35,6 +36,8 @@ from dsv4_jax.training.restore import MODEL_FILE, Load, first_params
 from dsv4_jax.training.run import RunConfig
 from dsv4_jax.training.schedules import Moment
 from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step, routing_pass
+
+OF_GRPO = ("kl", "clipped", "masked")  # metrics that other objectives do not have
 
 
 class Trainer:
@@ -65,6 +68,7 @@ class Trainer:
         self.guard = Guard(run.guard)
         self.pending: dict[int, Any] = {}  # step: experts chosen for it by earlier parameters
         self.state, self.step = self._begin()
+        self.others = [self._read(source) for source in run.others()]
         self.reporter: Reporter | Silence = Silence()
         if jax.process_index() == 0:
             self.reporter = Reporter(self.dir, self.step, run.log_every, out)
@@ -107,10 +111,12 @@ class Trainer:
         rates = (moment.lr, moment.mtp, moment.balance, moment.indexer, moment.bias_speed)
         numbers: list[Any] = [np.float32(x) for x in (*rates, loss_limit, norm_limit)]
         step, routes = self._steps(moment.stage.phase), self.pending.pop(self.step, None)
-        self.state, found = step(self.state, batch, Knobs(*numbers), routes)
+        self.state, found = step(self.state, batch, Knobs(*numbers), routes, self.others)
         values = {k: float(v) for k, v in zip(found._fields, jax.device_get(found), strict=True)}
         if math.isnan(values["recall"]):  # nothing to tell, and no JSON
             del values["recall"]
+        if not isinstance(self.run.objective, Grpo):
+            values = {k: v for k, v in values.items() if k not in OF_GRPO}
         tokens = moment.stage.rows * moment.stage.phase.seq_len
         line = {"step": self.step, "phase": moment.stage.phase.name, "tokens": moment.tokens}
         line |= {"lr": moment.lr} | values
@@ -186,12 +192,16 @@ class Trainer:
         make: Callable[..., TrainState] = self._random_state
         if run.start_from:
             make = self._with_slots
-            args = (first_params(run.start_from, run.model, run.scan, self.shards, self._load),)
+            args = (self._read(run.start_from),)
         if self.shards.mesh is None:
             return make(*args)
         where = jax.tree.map(lambda shape: shape.sharding, self._like())
         donated = tuple(range(len(args)))  # parameters never lie there twice
         return jax.jit(make, out_shardings=where, donate_argnums=donated)(*args)
+
+    def _read(self, source: str) -> Any:
+        """Parameters of a run or converted checkpoint, where this run's lie."""
+        return first_params(source, self.run.model, self.run.scan, self.shards, self._load)
 
     def _random_state(self) -> TrainState:
         key = jax.random.key(self.run.seed)
@@ -241,10 +251,25 @@ class Trainer:
     def _open_data(self) -> dict[tuple[str, int], Rows]:
         wanted = {(p.data, p.seq_len) for p in self.run.phases}
         vocab = self.run.model.vocab_size
-        return {
+        found = {
             (name, length): Rows(self.run.data[name], length, self.run.seed, vocab)
             for name, length in sorted(wanted)
         }
+        for (name, _), rows in found.items():
+            self._check_kind(name, rows.kind)
+        return found
+
+    def _check_kind(self, name: str, kind: str) -> None:
+        objective = self.run.objective
+        if objective is None and kind == "rollouts":
+            raise ValueError(
+                f"data {name!r} holds rollouts: they are for objective=Grpo(…) or Distill(…)"
+            )
+        if isinstance(objective, Grpo) and kind != "rollouts":
+            raise ValueError(
+                f"data {name!r} holds {kind}: objective=Grpo(…) learns from rollouts, which "
+                "prepare_data.py --rollouts packs"
+            )
 
     def _check_batches(self) -> None:
         for stage in self.plan.stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from dsv4_jax.training.forward import Hidden, LayerTerms, forward
 from dsv4_jax.training.halo import targets
 from dsv4_jax.training.index_loss import IndexTerms
 from dsv4_jax.training.joined import join_top
+from dsv4_jax.training.policy import PolicyTerms, count_sequences, policy_loss
 from dsv4_jax.training.program import Program
 
 
@@ -22,13 +24,15 @@ class Counts(NamedTuple):
     """What sums are divided by, over the whole batch of a step; float32 scalars.
 
     targets, mtp_targets: tokens with a next (second next) one to learn. tokens: not padding.
-    queries: tokens that see at least one compressed row of a CSA layer.
+    queries: tokens that see at least one compressed row of a CSA layer. sequences: documents with
+    a target.
     """
 
     targets: Array
     mtp_targets: Array
     tokens: Array
     queries: Array
+    sequences: Array
 
 
 class Weights(NamedTuple):
@@ -42,8 +46,10 @@ class Weights(NamedTuple):
 class Metrics(NamedTuple):
     """Losses of the whole batch, summed over microbatches: float32 scalars.
 
-    loss: the next-token loss in nats; mtp, balance (mean of layers), indexer (mean of layers, KL).
+    loss: of the next token in nats, or the objective of post-training; mtp, balance (mean of
+    layers), indexer (mean of layers, KL).
     index_uniform: KL of equal shares in its place. hits, wanted: see `IndexTerms`.
+    kl, clipped, masked: of GRPO, see `PolicyTerms`; else 0.
     """
 
     loss: Array
@@ -53,6 +59,9 @@ class Metrics(NamedTuple):
     index_uniform: Array
     hits: Array
     wanted: Array
+    kl: Array
+    clipped: Array
+    masked: Array
 
 
 class Aux(NamedTuple):
@@ -63,11 +72,14 @@ class Aux(NamedTuple):
     routes: Any
 
 
-def count(batch: Batch) -> Counts:
-    """Counts of a batch or microbatch; add them up over all."""
+def count(batch: Batch, by_sequence: bool = False) -> Counts:
+    """Counts of a batch or microbatch; add them up over all. `sequences` only if asked for."""
     sees_BT = (batch.segment_BT > 0) & (batch.position_BT >= CSA - 1)
-    found = (target_mask(batch, 1), target_mask(batch, 2), batch.segment_BT > 0, sees_BT)
-    return Counts(*(a.sum().astype(jnp.float32) for a in found))
+    target_BT = target_mask(batch, 1)
+    found = (target_BT, target_mask(batch, 2), batch.segment_BT > 0, sees_BT)
+    sums = [a.sum().astype(jnp.float32) for a in found]
+    sequences = count_sequences(batch, target_BT) if by_sequence else jnp.zeros((), jnp.float32)
+    return Counts(*sums, sequences=sequences)
 
 
 def objective(
@@ -77,10 +89,14 @@ def objective(
     params: Any,
     batch: Batch,
     routes: Any = None,
+    others: Sequence[Any] = (),
 ) -> tuple[Array, Aux]:
-    """The scalar to differentiate with respect to `params`, for one microbatch."""
+    """The scalar to differentiate with respect to `params`, for one microbatch.
+
+    others: parameters of the models beside the student, see `policy_loss`.
+    """
     params = join_top(program, params)
-    hidden = forward(program, params, batch, routes)
+    hidden = forward(program, params, batch._replace(rollout=None), routes)
     terms = [t for group in hidden.terms for t in group]
     if hidden.mtp_terms is not None:
         terms = [*terms, hidden.mtp_terms]
@@ -88,24 +104,26 @@ def objective(
     num_index = max(sum(ratio == CSA for ratio in program.cfg.compress_ratios), 1)
     queries = jnp.maximum(counts.queries, 1.0)
     zero = jnp.zeros((), jnp.float32)
-    main = mtp = balance = total = zero
+    mtp = balance = total = zero
+    policy = PolicyTerms(zero, zero, zero, zero)
     if not program.index_only:
-        main, mtp = _token_losses(program, counts, params, batch, hidden)
+        policy, mtp = _token_losses(program, counts, params, batch, hidden, others)
         balance = sum((t.router.balance.sum() for t in terms), zero)
         balance = balance / jnp.maximum(counts.tokens, 1.0)
-        total = main + weights.mtp * mtp + weights.balance * balance
+        total = policy.loss + weights.mtp * mtp + weights.balance * balance
     if program.index_loss:
         total = total + weights.indexer * index.kl / queries
     num_balanced = program.cfg.total_layers - program.cfg.num_hash_layers
     per_layer = queries * num_index
     metrics = Metrics(
-        main,
+        policy.loss,
         mtp,
         balance / max(num_balanced, 1),
         index.kl / per_layer,
         index.uniform / per_layer,
         index.hits,
         index.wanted,
+        *policy[1:],
     )
     loads = {
         "groups": [[t.router.count_E for t in group] for group in hidden.terms],
@@ -116,20 +134,32 @@ def objective(
 
 
 def _token_losses(
-    program: Program, counts: Counts, params: Any, batch: Batch, hidden: Hidden
-) -> tuple[Array, Array]:
-    head_VD = params["top"]["head"]
+    program: Program,
+    counts: Counts,
+    params: Any,
+    batch: Batch,
+    hidden: Hidden,
+    others: Sequence[Any],
+) -> tuple[PolicyTerms, Array]:
+    """What is learnt from text, and the MTP block's cross-entropy."""
+    head_VD, zero = params["top"]["head"], jnp.zeros((), jnp.float32)
 
-    def loss(y_BTD: Array, steps: int, total: Array) -> Array:
+    def loss(y_BTD: Array, head_VD: Array, steps: int, total: Array) -> Array:
         target_BT, learnt_BT = targets(program.shards, batch, steps)
         weight_U = learnt_BT.reshape(-1) / jnp.maximum(total, 1.0)
         y_UD = y_BTD.reshape(-1, y_BTD.shape[-1])
         return cross_entropy(y_UD, head_VD, target_BT.reshape(-1), weight_U)
 
-    main = loss(hidden.y_BTD, 1, counts.targets)
+    if program.objective is None:
+        main = loss(hidden.y_BTD, head_VD, 1, counts.targets)
+        policy = PolicyTerms(main, zero, zero, zero)
+    else:
+        rows = (counts.sequences, head_VD, batch, hidden.y_BTD)
+        policy = policy_loss(program, *rows, others)
+        head_VD = jax.lax.stop_gradient(head_VD)
     if hidden.mtp_BTD is None:
-        return main, jnp.zeros((), jnp.float32)
-    return main, loss(hidden.mtp_BTD, 2, counts.mtp_targets)
+        return policy, zero
+    return policy, loss(hidden.mtp_BTD, head_VD, 2, counts.mtp_targets)
 
 
 def _index_sum(terms: list[LayerTerms]) -> IndexTerms:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.placement import param_specs, shardings
-from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.batch import Batch, from_fields
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import BATCH, TRAIN
 from sharding.shards import SINGLE, Shards
@@ -109,13 +109,13 @@ def rows_here(shards: Shards, micro: int, rows: int) -> np.ndarray:
 
 
 def place_rows(shards: Shards, micro: int, rows: int, fields: np.ndarray) -> Batch:
-    """A batch `[micro, rows ÷ micro, T]` of which this process has `rows_here`: int32 `[4, …, T]`.
+    """A batch `[micro, rows ÷ micro, T]` of which this process has `rows_here`: see `from_fields`.
 
     Which row lies where depends on the mesh alone, not on how many processes share it.
     """
     shape = (micro, rows // micro, fields.shape[-1])
     if shards.mesh is None:
-        return Batch(*(jnp.asarray(field.reshape(shape)) for field in fields))
+        return jax.tree.map(lambda field: jnp.asarray(field.reshape(shape)), from_fields(fields))
     mine, number = rows_here(shards, micro, rows), np.arange(rows).reshape(micro, -1)
 
     def one(field: np.ndarray) -> jax.Array:
@@ -124,7 +124,7 @@ def place_rows(shards: Shards, micro: int, rows: int, fields: np.ndarray) -> Bat
 
         return jax.make_array_from_callback(shape, named(shards, row_spec(shards)), part)
 
-    return Batch(*map(one, fields))
+    return jax.tree.map(one, from_fields(fields))
 
 
 def named(shards: Shards, spec: PartitionSpec) -> NamedSharding:

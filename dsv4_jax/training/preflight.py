@@ -147,7 +147,7 @@ def _step(program: Program, state: TrainState, sizes: TrainSizes, micro: int) ->
     def run(params: Any, slots: Any, batch: Batch, knobs: Knobs) -> Any:
         return step(TrainState(params, slots), batch, knobs)
 
-    batch = Batch(*[field] * len(Batch._fields))  # type: ignore[arg-type]
+    batch = Batch(field, field, field, field)  # type: ignore[arg-type]
     return Compiled(run, state.params, state.opt_state, (batch, knobs), (0, 1))
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.training.distill import Distill
+from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.precision import Precision
 from sharding.shards import SINGLE, Shards
 
@@ -22,6 +24,8 @@ class Program:
     index_only: nothing but indexers learns; other losses are not computed.
     mtp: the MTP block runs and learns.
     random_index: selections disregard what indexers found (to see what hangs on them).
+    objective: what is learnt from text; None: to predict the next token. With another one the MTP
+        block goes on learning to predict that text, by itself: nothing else learns from its loss.
     remat: "group": the backward pass recomputes each layer group from its input; "none": it keeps
         everything.
     shards: the mesh that a step runs on. Inside it, functions see one device's part of everything.
@@ -37,6 +41,7 @@ class Program:
     index_only: bool = False
     mtp: bool = True
     random_index: bool = False
+    objective: Grpo | Distill | None = None
     remat: str = "none"
     shards: Shards = SINGLE
 
@@ -47,6 +52,8 @@ class Program:
             raise ValueError("index_only needs index_loss: nothing would learn")
         if self.random_index and (self.index_loss or not self.sparse):
             raise ValueError("random_index is for sparse attention without index_loss")
+        if self.index_only and self.objective is not None:
+            raise ValueError("index_only learns nothing from text: leave objective out")
         if self.mtp and not self.cfg.num_mtp_layers:
             raise ValueError("mtp needs a model with an MTP block (num_mtp_layers is 0)")
 

@@ -23,6 +23,7 @@ from dsv4_jax.training.placing import placed_shapes
 from sharding.shards import SINGLE, Shards
 
 MODEL_FILE = "model.json"
+BF16 = jnp.bfloat16
 Load = Callable[..., tuple[ModelConfig, Params]]  # what reads converted checkpoints
 
 
@@ -61,6 +62,21 @@ def first_params(
             f"{mine.get(odd[0], 'missing')} in this run's model ({len(odd)} weights differ)"
         )
     return jax.tree.map(lambda a: a if a.dtype == jnp.int32 else a.astype(jnp.float32), params)
+
+
+def plain_model(source: str | Path, load: Load) -> tuple[ModelConfig, Params]:
+    """Model and parameters of a run's newest checkpoint or of a converted one; float32.
+
+    load: `checkpoints.load.load_checkpoint`.
+
+    Raises:
+        ValueError: `source` is neither.
+    """
+    if (Path(source) / MODEL_FILE).is_file():
+        cfg = model_of(source)
+        return cfg, newest_params(source, cfg)
+    cfg, params = load(source, dense_dtype=jnp.float32)
+    return cfg, jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == BF16 else a, params)
 
 
 def mean_params(a: Params, b: Params) -> Params:

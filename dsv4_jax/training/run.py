@@ -12,6 +12,8 @@ from typing import Any
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.training.data.source import Source
+from dsv4_jax.training.distill import Distill
+from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.guard import GuardConfig
 from dsv4_jax.training.init import InitConfig
 from dsv4_jax.training.optimizer import OptimizerConfig
@@ -35,6 +37,8 @@ class RunConfig:
         repeating layers (smaller programs; on CPU unrolled ones run faster). remat: see `Program`.
     checkpoint_every: steps between checkpoints, besides those at phase borders and the end.
     keep: newest checkpoints that are kept. log_every: steps between lines on the console.
+    objective: what is learnt from text: `Grpo(…)` from rollouts and their rewards, `Distill(…)`
+        from other models; None: to predict the next token.
     start_from: whose parameters begin this run, instead of random ones: a run's directory (the
         newest) or a converted checkpoint.
 
@@ -50,6 +54,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = Precision()
     qat: Precision = Precision(experts="fp4", dense="fp8", activations=True, index=True, kv=True)
+    objective: Grpo | Distill | None = None
     init: InitConfig = InitConfig()
     guard: GuardConfig = GuardConfig()
     micro_rows: int = 1 << 30
@@ -76,10 +81,37 @@ class RunConfig:
         for name in ("micro_rows", "checkpoint_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        self._check_objective()
         if self.model.dense_format or self.model.expert_format:
             object.__setattr__(
                 self, "model", self.model.replace(dense_format=None, expert_format=None)
             )
+
+    def _check_objective(self) -> None:
+        if self.objective is None:
+            return
+        for phase in self.phases:
+            if phase.learn == "indexer":
+                raise ValueError(
+                    f"phase {phase.name!r}: learn='indexer' learns nothing from text: leave "
+                    "objective out"
+                )
+        if isinstance(self.objective, Grpo) and self.objective.kl and not self.others():
+            raise ValueError(
+                f"objective.kl={self.objective.kl} holds on to a reference: give "
+                "objective.reference or start_from, or set it to 0"
+            )
+
+    def others(self) -> tuple[str, ...]:
+        """Runs or converted checkpoints that run beside the model: the reference, or teachers."""
+        match self.objective:
+            case Grpo() as grpo:
+                source = grpo.reference or self.start_from
+                return (source,) if grpo.kl and source else ()
+            case Distill() as distill:
+                return tuple(teacher.path for teacher in distill.teachers)
+            case _:
+                return ()
 
     def plan(self) -> Plan:
         return Plan(self.phases, self.schedule)
@@ -93,6 +125,7 @@ class RunConfig:
             index_loss=phase.learn != "trunk",
             index_only=phase.learn == "indexer",
             mtp=self.model.num_mtp_layers > 0 and phase.learn != "indexer",
+            objective=self.objective,
             remat=self.remat,
             shards=shards,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class StepMetrics(NamedTuple):
     captured: 1 − KL / KL of equal shares. recall: share of the rows with most attention that the
     indexers keep too; NaN unless some query attends to more than they keep. load: busiest expert
     over mean, worst layer. bias: largest router bias. update_rms: root mean square of the Muon
-    directions. applied: 1, or 0 if the step was skipped.
+    directions. kl, clipped, masked: of GRPO. applied: 1, or 0 if the step was skipped.
     """
 
     loss: Array
@@ -71,6 +71,9 @@ class StepMetrics(NamedTuple):
     load: Array
     bias: Array
     update_rms: Array
+    kl: Array
+    clipped: Array
+    masked: Array
     applied: Array
 
 
@@ -80,22 +83,43 @@ def init_state(program: Program, opt: OptimizerConfig, params: Any) -> TrainStat
 
 
 def gradients(
-    program: Program, weights: Weights, params: Any, batch: Batch, routes: Any = None
+    program: Program,
+    weights: Weights,
+    params: Any,
+    batch: Batch,
+    routes: Any = None,
+    others: Sequence[Any] = (),
 ) -> tuple[Any, Aux]:
     """Gradient of the objective of a whole batch `[microbatches, B, T]`, and its metrics.
 
     Losses are divided by counts of the whole batch, so that any cut into microbatches or devices
-    gives the same sum. Routing state gets zeros.
+    gives the same sum. Routing state gets zeros. others: parameters of the models that run beside
+    the one that learns, see `policy_loss`.
     """
-    counts = jax.tree.map(lambda a: a.sum(), jax.vmap(count)(batch))
+    by_sequence = program.objective is not None
+    counts = jax.vmap(partial(count, by_sequence=by_sequence))(batch)
+    counts = jax.tree.map(lambda a: a.sum(), counts)
     find = _accumulate if program.shards.mesh is None else _over_mesh
-    return find(program, weights, counts, params, batch, routes)
+    return find(program, weights, counts, params, batch, routes, list(others))
 
 
 def _accumulate(
-    program: Program, weights: Weights, counts: Counts, params: Any, batch: Batch, routes: Any
+    program: Program,
+    weights: Weights,
+    counts: Counts,
+    params: Any,
+    batch: Batch,
+    routes: Any,
+    others: list[Any],
 ) -> tuple[Any, Aux]:
     """Of one device: the gradient of its rows' share, with respect to the weights it holds."""
+
+    def rounded(tree: Any) -> Any:
+        if program.shards.mesh is not None:  # there they are rounded when they have been joined
+            return tree
+        return round_weights(tree, program.cfg, program.precision)
+
+    others = [rounded(tree) for tree in others]
     leaves, treedef = jax.tree.flatten(params)
     moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
@@ -103,9 +127,7 @@ def _accumulate(
         rest = iter(floats)
         full = [next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)]
         tree = jax.tree.unflatten(treedef, full)
-        if program.shards.mesh is None:  # on a mesh they are rounded when they have been joined
-            tree = round_weights(tree, program.cfg, program.precision)
-        return objective(program, weights, counts, tree, micro, route)
+        return objective(program, weights, counts, rounded(tree), micro, route, others)
 
     floats = [leaf for m, leaf in zip(moves, leaves, strict=True) if m]
     grad = jax.grad(loss, has_aux=True)
@@ -129,7 +151,13 @@ def _accumulate(
 
 
 def _over_mesh(
-    program: Program, weights: Weights, counts: Counts, params: Any, batch: Batch, routes: Any
+    program: Program,
+    weights: Weights,
+    counts: Counts,
+    params: Any,
+    batch: Batch,
+    routes: Any,
+    others: list[Any],
 ) -> tuple[Any, Aux]:
     """`_accumulate` of every device's rows and weights, added up over devices."""
     shards, cfg = program.shards, program.cfg
@@ -144,8 +172,8 @@ def _over_mesh(
         rest = tuple(axis for axis in tokens if axis not in used)
         return lax.psum(grad, rest) if rest else grad
 
-    def local(params: Any, weights: Weights, counts: Any, batch: Batch, routes: Any):
-        grads, aux = _accumulate(program, weights, counts, params, batch, routes)
+    def local(params: Any, weights: Any, counts: Any, batch: Batch, routes: Any, others: list[Any]):
+        grads, aux = _accumulate(program, weights, counts, params, batch, routes, others)
         summed = lax.psum((aux.metrics, aux.loads), tokens) if tokens else (aux.metrics, aux.loads)
         return (jax.tree.map(total, grads, placed), *summed), aux.routes
 
@@ -153,32 +181,36 @@ def _over_mesh(
         return jax.tree.map(lambda a: route_spec(shards, a.ndim), tree)
 
     alone = dataclasses.replace(program, shards=SINGLE)
-    shapes = jax.eval_shape(partial(gradients, alone, weights), params, batch, routes)
+    shapes = jax.eval_shape(partial(gradients, alone, weights), params, batch, routes, others)
     run = jax.shard_map(
         local,
         mesh=shards.mesh,
-        in_specs=(placed, whole, whole, rows, routed(routes)),
+        in_specs=(placed, whole, whole, rows, routed(routes), [placed for _ in others]),
         out_specs=((placed, whole, whole), routed(shapes[1].routes)),
         check_vma=False,
     )
-    (grads, metrics, loads), chosen = run(params, weights, counts, batch, routes)
+    (grads, metrics, loads), chosen = run(params, weights, counts, batch, routes, others)
     return grads, Aux(metrics, loads, chosen)
 
 
 def make_step(
     program: Program, opt: OptimizerConfig, learn: str
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The jitted step (state, batch, knobs, routes=None) → (state, metrics); donates the state.
+    """The jitted step (state, batch, knobs, routes=None, others=()) → (state, metrics).
 
     The batch is `[microbatches, B, T]`; on a mesh B divides by its size, and the state lies and
-    stays where `placing.state_specs` says.
+    stays where `placing.state_specs` says. It donates the state, but not `others`, see `gradients`.
     """
 
     def step(
-        state: TrainState, batch: Batch, knobs: Knobs, routes: Any = None
+        state: TrainState,
+        batch: Batch,
+        knobs: Knobs,
+        routes: Any = None,
+        others: Sequence[Any] = (),
     ) -> tuple[TrainState, StepMetrics]:
         weights = Weights(knobs.mtp, knobs.balance, knobs.indexer)
-        grads, aux = gradients(program, weights, state.params, batch, routes)
+        grads, aux = gradients(program, weights, state.params, batch, routes, others)
         return update(program, opt, learn, state, grads, aux, knobs)
 
     return jax.jit(step, donate_argnums=0)
@@ -234,6 +266,9 @@ def _report(
         load_ratio(aux.loads),
         _largest_bias(params),
         _update_rms(updates, old, opt),
+        m.kl,
+        m.clipped,
+        m.masked,
         fine.astype(jnp.float32),
     )
 
@@ -258,7 +293,7 @@ def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
         top = join_top(program, params)
 
         def one(micro: Batch) -> Any:
-            terms = forward(program, top, micro).terms
+            terms = forward(program, top, micro._replace(rollout=None)).terms
             return [[t.router.experts_BTA for t in group] for group in terms]
 
         return lax.map(one, batch)

@@ -180,3 +180,11 @@ def test_script(tmp_path, capsys):
         [str(tmp_path / "b.jsonl"), *args[1:2], str(tmp_path / "p"), *args[3:]]
     )
     assert "b.jsonl:1" in capsys.readouterr().err
+
+
+def test_texts_with_a_hole_end_with_what_belongs_there(tokenizer):
+    item = {"prefix": "a = ", "suffix": "\n", "middle": "1"}
+    text = learnt(item, tokenizer)
+    assert text == f"{C.BOS}{C.FIM_BEGIN}a = {C.FIM_HOLE}\n{C.FIM_END}1{C.EOS}"
+    with pytest.raises(ValueError, match="here: needs the texts 'prefix'"):
+        tokenise({"middle": "1", "prefix": 2}, tokenizer, "here")

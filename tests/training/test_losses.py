@@ -183,3 +183,32 @@ def test_gather_has_a_gather_for_gradient():
     np.testing.assert_array_equal(take(x, index, inverse), [x[2], [0, 0, 0], x[0]])
     g = jax.grad(lambda x: (take(x, index, inverse) * jnp.arange(3.0)[:, None]).sum())(x)
     np.testing.assert_array_equal(g[:, 0], [2, 0, 0, 0])
+
+
+@pytest.mark.parametrize("budget, smallest", [(1 << 24, 64), (70, 2)])
+def test_log_probabilities_over_a_support(budget, smallest, monkeypatch):
+    """Forward and gradient equal autodiff of a plain version; without ids all of them count."""
+    monkeypatch.setattr(ce, "LOGIT_BUDGET", budget)
+    monkeypatch.setattr(ce, "SMALLEST", smallest)
+    rng = np.random.default_rng(0)
+    y, head = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (7, 17))
+    support = np.array([rng.choice(17, 5, replace=False) for _ in range(7)])
+    target = jnp.asarray(support[:, 1], jnp.int32)
+    support[2, 2:], support[4] = -1, -1
+    kept = np.zeros((7, 17), bool)
+    for row, ids in zip(kept, support, strict=True):
+        row[ids[ids >= 0] if (ids >= 0).any() else slice(None)] = True
+    weight = jnp.asarray(rng.normal(size=7) * (np.arange(7) != 3), jnp.float32)
+
+    def plain(y, head, kept):
+        logits = jnp.where(kept, y @ head.T, -1e30)
+        return jax.nn.log_softmax(logits)[jnp.arange(7), target]
+
+    for ids, mask in ((jnp.asarray(support, jnp.int32), kept), (None, np.ones_like(kept))):
+        np.testing.assert_allclose(
+            ce.log_probs(y, head, target, ids), plain(y, head, mask), rtol=1e-5, atol=1e-6
+        )
+        found = jax.grad(lambda *a, i=ids: (weight * ce.log_probs(*a, target, i)).sum(), (0, 1))
+        wanted = jax.grad(lambda *a, m=mask: (weight * plain(*a, m)).sum(), (0, 1))
+        for a, b in zip(found(y, head), wanted(y, head), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)

@@ -223,7 +223,7 @@ def test_the_script_writes_chats_that_fit(tmp_path, tokenizer, capsys):
 def test_tally_counts_whole_answers(tokenizer):
     example = some(1, mix={"copy": 1.0}, thinking=0.0)[0]
     [case] = cases([("here", example.item())], tokenizer)
-    tokens, learn = case.document
+    tokens, learn = case.document.tokens, case.document.learn
     right = np.append(tokens[1:], 0)
     tally = Tally()
     tally.add(case, right, np.append(right[1:], 0))

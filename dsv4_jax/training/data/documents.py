@@ -13,18 +13,28 @@ from array_record.python.array_record_module import (  # pyright: ignore[reportM
 )
 
 from dsv4_jax.encoding import constants as C
-from dsv4_jax.encoding import render_segments
+from dsv4_jax.encoding import render_fim, render_segments
 from dsv4_jax.encoding.segments import Segment
 from dsv4_jax.tokenizer import Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".array_record")
 
 
+class Note(NamedTuple):
+    """What is known of a document that a model drew. log_probs: float32, as the sampler gave them
+    to every token (0 where it was not drawn). teacher: which one it is for; -1: all."""
+
+    log_probs: np.ndarray
+    advantage: float
+    teacher: int = -1
+
+
 class Document(NamedTuple):
-    """Token ids, int32, and which of them are learnt, bool."""
+    """Token ids, int32, and which of them are learnt, bool; a note on rollouts."""
 
     tokens: np.ndarray
     learn: np.ndarray
+    note: Note | None = None
 
 
 def find_files(sources: Iterable[str | Path]) -> list[Path]:
@@ -76,9 +86,11 @@ def _parse(raw: str, where: str) -> Any:
 
 
 def tokenise(item: Any, tokenizer: Tokenizer, where: str) -> Document:
-    """A text, {"text": …} or a chat {"messages": […], "tools": […], "thinking": bool}.
+    """A text, {"text": …}, one with a hole {"prefix": …, "suffix": …, "middle": …} or a chat
+    {"messages": […], "tools": […], "thinking": bool}.
 
-    Texts stand between BOS and EOS and are learnt whole. Of chats only what the assistant writes is
+    Texts stand between BOS and EOS and are learnt whole, those with a hole as the server writes
+    them, the middle last. Of chats only what the assistant writes is
     learnt, its end included; in thinking mode only answers whose reasoning is rendered.
 
     Raises:
@@ -86,10 +98,22 @@ def tokenise(item: Any, tokenizer: Tokenizer, where: str) -> Document:
     """
     if isinstance(item, dict) and "messages" in item:
         return _chat(item, tokenizer, where)
+    if isinstance(item, dict) and "middle" in item:
+        return _with_hole(item, tokenizer, where)
     text = item.get("text") if isinstance(item, dict) else item
     if not isinstance(text, str):
-        raise ValueError(f"{where}: needs a 'text' or 'messages'")
+        raise ValueError(f"{where}: needs a 'text', 'messages' or 'middle'")
     ids = [tokenizer.bos_id, *tokenizer.encode_text(text), tokenizer.eos_id]
+    return Document(np.array(ids, np.int32), np.ones(len(ids), bool))
+
+
+def _with_hole(item: dict[str, Any], tokenizer: Tokenizer, where: str) -> Document:
+    parts = [item.get(name) for name in ("prefix", "suffix", "middle")]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{where}: needs the texts 'prefix', 'suffix' and 'middle'")
+    prefix, suffix, middle = map(str, parts)
+    ids = tokenizer.encode_segments(render_fim(prefix, suffix))
+    ids = [*ids, *tokenizer.encode_text(middle), tokenizer.eos_id]
     return Document(np.array(ids, np.int32), np.ones(len(ids), bool))
 
 

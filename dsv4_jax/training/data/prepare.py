@@ -38,7 +38,31 @@ def prepare(
     Raises:
         ValueError: sources are not readable, hold nothing to learn, or a folder exists already.
     """
-    files, found = find_files(sources), {}
+    files = find_files(sources)
+
+    def documents(length: int) -> Iterator[Document]:
+        tokens = 0
+        for number, path in enumerate(files, start=1):
+            for where, item in read_items(path):
+                yield (document := tokenise(item, tokenizer, where))
+                tokens += len(document.tokens)
+            progress(f"length {length}: {number}/{len(files)} files, {tokens} tokens")
+
+    return write_rows(documents, target, tokenizer, lengths, "documents")
+
+
+def write_rows(
+    documents: Callable[[int], Iterator[Document]],
+    target: str | Path,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    kind: str,
+) -> dict[int, dict[str, int]]:
+    """Packs documents, made anew for every length, into a folder for each; see `prepare`.
+
+    kind: of documents, for the manifest.
+    """
+    found = {}
     for length in lengths:
         folder = folder_of(target, length)
         if (folder / MANIFEST).exists():
@@ -46,32 +70,25 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.array_record"):
             old.unlink()
-        found[length] = _write(files, folder, tokenizer, length, progress)
+        found[length] = _write(documents(length), folder, tokenizer, length, kind)
     return found
 
 
 def _write(
-    files: list[Path],
-    folder: Path,
-    tokenizer: Tokenizer,
-    length: int,
-    progress: Callable[[str], None],
+    documents: Iterator[Document], folder: Path, tokenizer: Tokenizer, length: int, kind: str
 ) -> dict[str, int]:
     totals = {"documents": 0, "tokens": 0, "learnt": 0, "rows": 0}
 
-    def documents() -> Iterator[Document]:
-        for number, path in enumerate(files, start=1):
-            for where, item in read_items(path):
-                document = tokenise(item, tokenizer, where)
-                totals["documents"] += 1
-                totals["tokens"] += len(document.tokens)
-                totals["learnt"] += int(document.learn.sum())
-                yield document
-            progress(f"length {length}: {number}/{len(files)} files, {totals['tokens']} tokens")
+    def counted() -> Iterator[Document]:
+        for document in documents:
+            totals["documents"] += 1
+            totals["tokens"] += len(document.tokens)
+            totals["learnt"] += int(document.learn.sum())
+            yield document
 
     shards: list[str] = []
     writer = None
-    for row in pack(documents(), length):
+    for row in pack(counted(), length):
         if totals["rows"] % ROWS_PER_SHARD == 0:
             if writer is not None:
                 writer.close()
@@ -81,9 +98,10 @@ def _write(
         writer.write(encode_row(row))
         totals["rows"] += 1
     if writer is None:
-        raise ValueError(f"{', '.join(map(str, files))}: nothing to learn")
+        raise ValueError(f"{folder}: there is nothing to learn in what was given")
     writer.close()
     manifest = {
+        "kind": kind,
         "length": length,
         "shards": shards,
         "tokenizer": tokenizer.sha256,

@@ -24,8 +24,11 @@ class Source(NamedTuple):
 class Rows:
     """An endless sequence of rows of one length. Row i is the same in every run with this seed.
 
+    kind: "documents", or "rollouts".
+
     Raises:
-        ValueError: a source was not prepared for this length, or for another vocabulary.
+        ValueError: a source was not prepared for this length, or for another vocabulary, or
+            sources are of several kinds.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Rows:
     ) -> None:
         if not sources:
             raise ValueError("a dataset needs at least one source")
-        self.length = length
+        self.length, self.kind = length, ""
         parts = [self._open(source, seed + i, vocab_size) for i, source in enumerate(sources)]
         weights = [source.weight for source in sources]
         self._rows: Any = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
@@ -52,13 +55,18 @@ class Rows:
                 f"{folder} has token ids up to {manifest['vocab_size'] - 1} but the model's "
                 f"vocab_size is {vocab_size}"
             )
+        kind = manifest.get("kind", "documents")
+        if self.kind and kind != self.kind:
+            raise ValueError(f"{folder} holds {kind}, and other sources of its data {self.kind}")
+        self.kind = kind
         files = [str(folder / name) for name in manifest["shards"]]
         records: Any = grain.sources.ArrayRecordDataSource(files)
         data = grain.MapDataset.source(records)
         return data.seed(seed).shuffle().repeat()
 
     def batch(self, first: int, which: Iterable[int]) -> np.ndarray:
-        """Rows `first + i` for every i of `which`, int32 `[4, rows, length]`: fields of `Batch`.
+        """Rows `first + i` for every i of `which`, int32 `[4 or 7, rows, length]`: see
+        `batch.from_fields`.
 
         A host asks for the rows of a batch that its devices work on.
         """

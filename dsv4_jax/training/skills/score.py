@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv4_jax import model
 from dsv4_jax.tokenizer import Tokenizer
-from dsv4_jax.training.batch import Batch
+from dsv4_jax.training.batch import Batch, from_fields
 from dsv4_jax.training.data.documents import Document, tokenise
 from dsv4_jax.training.forward import forward
 from dsv4_jax.training.program import Program
@@ -86,7 +86,7 @@ class Tally:
 
     def add(self, case: Case, next_T: np.ndarray, draft_T: np.ndarray | None) -> None:
         """next_T, draft_T: first choices for every token of the chat's document."""
-        tokens, learn = case.document
+        tokens, learn = case.document.tokens, case.document.learn
         right = np.concatenate([[False], next_T[:-1] == tokens[1:]])
         key = (case.skill, "thinking" if case.thinking else "direct", bucket(len(tokens)))
         for start, stop in _runs(learn):
@@ -168,4 +168,4 @@ def _batch(documents: list[np.ndarray], rows: int, length: int) -> Batch:
         out[0, row, : len(tokens)] = tokens
         out[1, row, : len(tokens)] = 1
         out[2, row, : len(tokens)] = np.arange(len(tokens))
-    return Batch(*map(jnp.asarray, out))
+    return jax.tree.map(jnp.asarray, from_fields(out))
