@@ -96,7 +96,6 @@ def loading(args: argparse.Namespace, cfg: ModelConfig, shape: MeshShape) -> str
 def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     from dsv4_jax.preflight import command
     from dsv4_jax.training import preflight
-    from dsv4_jax.training.placing import check_axes
     from pallas_kernels import aot
 
     if args.explain or args.estimate:
@@ -105,7 +104,6 @@ def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     shape = command.mesh_shape(args.mesh)
     if shape is None:
         raise ValueError("--program train needs --mesh")
-    check_axes(shape)
     if reason := aot.skip_reason():
         raise ValueError(reason)
     where = (args.topology, sizes, shape, args.exchange)

@@ -64,7 +64,7 @@ def test_explain_lists_every_parameter(capsys):
         ),
         (["--model", "tiny", "--batch", "3", "--mesh", "expert=8", "--estimate"], "batch of 3"),
         (["--model", "tiny", "--program", "train"], "--program train needs --mesh"),
-        (TRAIN + ["--mesh", "tensor=8"], "tensor is for inference"),
+        (TRAIN + ["--mesh", "tensor=8"], "does not divide into 8 parts (axes tensor)"),
         (TRAIN + ["--mesh", "fsdp=8", "--micro-rows", "0"], "--micro-rows 0 must be positive"),
         (TRAIN + ["--mesh", "fsdp=8", "--estimate"], "know decode and prefill"),
     ],
