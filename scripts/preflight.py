@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument("--explain", action="store_true", help="every parameter's place; no compiling")
     out.add_argument("--estimate", action="store_true", help="from sizes alone; no compiling")
     out.add_argument("--json", action="store_true", help="JSON instead of text")
+    out.add_argument(
+        "--cache", metavar="DIR", help="keep what the compiler says; never ask the same twice"
+    )
     out.add_argument("--html", metavar="FILE", help="also write a page with bars")
     return ap
 
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{reason} (--estimate and --explain work without)")
 
     where = (args.topology, args.program, sizes, shape, args.exchange)
-    report = command.compile_one(args.model, cfg, *where, say)
+    report = command.compile_one(args.model, cfg, *where, say, cache_of(args))
     return answer(args, report, lambda: command.advice(cfg, report, sizes))
 
 
@@ -93,7 +96,6 @@ def loading(args: argparse.Namespace, cfg: ModelConfig, shape: MeshShape) -> str
 def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     from dsv4_jax.preflight import command
     from dsv4_jax.training import preflight
-    from dsv4_jax.training.placing import check_axes
     from pallas_kernels import aot
 
     if args.explain or args.estimate:
@@ -102,11 +104,15 @@ def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     shape = command.mesh_shape(args.mesh)
     if shape is None:
         raise ValueError("--program train needs --mesh")
-    check_axes(shape)
     if reason := aot.skip_reason():
         raise ValueError(reason)
-    report = preflight.run(args.model, cfg, args.topology, sizes, shape, args.exchange, say)
+    where = (args.topology, sizes, shape, args.exchange)
+    report = preflight.run(args.model, cfg, *where, say, cache_of(args))
     return answer(args, report, lambda: command.text(report))
+
+
+def cache_of(args: argparse.Namespace) -> Path | None:
+    return Path(args.cache) if args.cache else None
 
 
 def answer(args: argparse.Namespace, report: Report, as_text: Callable[[], str]) -> int:

@@ -16,6 +16,7 @@ from sharding.mesh import AXES
 
 Names = Sequence[str | None]
 BATCH = ("data", "fsdp", "expert")
+BY_COMPILER = "tensor"  # of training: programs do not speak across it, see `manual_spec`
 
 # What both tables share: activations, caches, and the work of weights.
 _COMMON: dict[str, tuple[str, ...]] = {
@@ -89,7 +90,12 @@ def make_rules(
 
 # Serving never moves weights: `fsdp` is one more axis of experts.
 SERVE = make_rules("SERVE", experts=("fsdp", "expert", "context", "tensor"))
-TRAIN = make_rules("TRAIN", dict.fromkeys(("embed", "q_rank", "group_channels"), ("fsdp",)))
+# In training the compiler splits what `tensor` splits, and routed experts are whole along it.
+TRAIN = make_rules(
+    "TRAIN",
+    dict.fromkeys(("embed", "q_rank", "group_channels"), ("fsdp",)),
+    experts=("expert", "context"),
+)
 # An engine whose devices all see every request: one state, repeated; weights split as for serving.
 ENGINE = make_rules("ENGINE", experts=("expert", "tensor"), batch=(), slots=(), pages=())
 RULES = {"serve": SERVE, "train": TRAIN, "engine": ENGINE}
@@ -138,6 +144,12 @@ def spec_of(
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes if len(axes) > 1 else axes[0] if axes else None
+
+
+def manual_spec(spec: PartitionSpec) -> PartitionSpec:
+    """A placement as programs see it that leave an axis to the compiler: without that axis."""
+    kept = [tuple(axis for axis in entry_axes(entry) if axis != BY_COMPILER) for entry in spec]
+    return PartitionSpec(*map(_entry, kept))
 
 
 def entry_axes(entry: object) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.parallel import check, for_length
-from dsv4_jax.preflight import measure, slices
+from dsv4_jax.preflight import kept, measure, slices
 from dsv4_jax.preflight.programs import PROGRAMS, Program, Sizes, rules_of
 from dsv4_jax.preflight.traffic import sent_bytes
 from pallas_kernels import aot, hlo
@@ -32,6 +34,7 @@ class Report:
     moved: bytes across HBM by kind of operation; flops: of products and kernels. Both are what the
     program was compiled for: kernels count room for the worst routing and all visible rows.
     kernels: of `flops`, those of each kernel in the compiler's text.
+    reused: the compiler was not asked again; compile_s and host_gb are of when it was.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Report:
     floor: dict[str, float] = field(default_factory=dict)
     compile_s: float = 0.0
     host_gb: float = 0.0
+    reused: bool = False
 
     @property
     def used(self) -> int:
@@ -91,10 +95,12 @@ def run(
     mesh: MeshShape | None = None,
     exchange: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    cache: Path | None = None,
 ) -> Report:
     """Compiles `program` for `topology` and reports; without `mesh`, for the best of a few.
 
-    A program whose weights and caches alone exceed the memory is not compiled.
+    A program whose weights and caches alone exceed the memory is not compiled. cache: see
+    `measure_program`.
 
     Raises:
         ValueError: unknown topology or program, or a mesh that does not fit it or does not divide.
@@ -128,7 +134,7 @@ def run(
         report.reason = "weights and caches alone exceed the memory of a device"
         return report
     say(f"compiling for {len(devices)} devices")
-    measure_program(report, PROGRAMS[program].build(cfg, sizes, shards), shards, kind)
+    measure_program(report, PROGRAMS[program].build(cfg, sizes, shards), shards, kind, cache)
     return report
 
 
@@ -142,33 +148,61 @@ def _best(cfg: ModelConfig, kind: str, topology: str, program: str, sizes: Sizes
     return found[0].mesh
 
 
-def measure_program(report: Report, program: Program, shards: Shards, kind: str) -> None:
-    """Compiles and fills in what the compiler says; a refusal becomes the report's reason."""
+def measure_program(
+    report: Report, program: Program, shards: Shards, kind: str, cache: Path | None = None
+) -> None:
+    """Compiles and fills in what the compiler says; a refusal becomes the report's reason.
+
+    cache: a folder of answers (`kept`); a program that has one there is not compiled again.
+    """
     assert isinstance(shards.mesh, Mesh)
-    began = time.monotonic()
     with jax.set_mesh(shards.mesh):  # lets Pallas see the kind of TPU
+        began = time.monotonic()
         jitted = jax.jit(program.run, donate_argnums=program.donated)
         traced = jitted.trace(*program.arguments)
         report.flops = measure.flops(traced.jaxpr.jaxpr)
-        try:
-            compiled, text = aot.compile_with_text(traced.lower())
-        except jax.errors.JaxRuntimeError as refused:
-            report.reason = _reason(str(refused))
-            return
-        finally:
-            report.compile_s = time.monotonic() - began
-            report.host_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    memory = compiled.memory_analysis()
+        answer = _answer(traced.lower(), report, began, cache)
+    report.compile_s, report.host_gb = answer.compile_s, answer.host_gb
+    report.reason = answer.refusal
+    if answer.refusal:
+        return
     report.fits = True
-    known = report.weights + report.cache
-    report.other_arguments = max(memory.argument_size_in_bytes - known, 0)
-    fresh_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    report.temporaries = memory.temp_size_in_bytes + fresh_output
-    report.code = memory.generated_code_size_in_bytes
-    report.moved = dict(hlo.moved(text))
-    report.kernels = dict(hlo.kernel_flops(text))
-    report.sent = dict(measure.collectives(text))
+    report.other_arguments = max(answer.arguments - report.weights - report.cache, 0)
+    report.temporaries = answer.temporaries + answer.fresh_outputs
+    report.code = answer.code
+    report.moved = dict(hlo.moved(answer.text))
+    report.kernels = dict(hlo.kernel_flops(answer.text))
+    report.sent = dict(measure.collectives(answer.text))
     report.floor["ICI"] = sum(report.sent.values()) / slices.SENDS[kind]
+
+
+def _answer(lowered: Any, report: Report, began: float, cache: Path | None) -> kept.Answer:
+    key = kept.key_of(lowered, report.topology) if cache else ""
+    if cache and (found := kept.find(cache, key)):
+        report.reused = True
+        return found
+    answer = _compile(lowered, began)
+    if cache:
+        kept.keep(cache, key, answer)
+    return answer
+
+
+def _compile(lowered: Any, began: float) -> kept.Answer:
+    try:
+        compiled, text = aot.compile_with_text(lowered)
+    except jax.errors.JaxRuntimeError as refused:
+        answer = kept.Answer(refusal=_reason(str(refused)))
+    else:
+        memory = compiled.memory_analysis()
+        answer = kept.Answer(
+            text,
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return dataclasses.replace(answer, compile_s=time.monotonic() - began, host_gb=peak)
 
 
 def _reason(text: str) -> str:

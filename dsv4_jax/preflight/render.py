@@ -51,7 +51,8 @@ def text(report: Report) -> str:
             mark = "  <- limits" if name == report.limit else ""
             lines.append(f"  {name:<28} {1e3 * seconds:8.3f}{mark}")
         lines.append(f"  at most {report.tokens_per_s:,.0f} tokens/s on the whole slice")
-    lines.append(f"compiled in {report.compile_s:.0f} s, {report.host_gb:.1f} GB of host memory")
+    when = "compiled earlier" if report.reused else "compiled"
+    lines.append(f"{when} in {report.compile_s:.0f} s, {report.host_gb:.1f} GB of host memory")
     return "\n".join(lines)
 
 

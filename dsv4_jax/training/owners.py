@@ -18,7 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dsv4_jax.training.muon import orthogonalise_tree
 from dsv4_jax.training.partition import View
-from sharding.rules import entry_axes
+from dsv4_jax.training.placing import manual_axes
+from sharding.rules import entry_axes, manual_spec
 from sharding.shards import Shards
 
 
@@ -41,11 +42,13 @@ def orthogonalise_owned(
 ) -> list[Array]:
     """`muon.orthogonalise_tree` of leaves that lie on a mesh as `placed` says."""
     assert isinstance(shards.mesh, Mesh)
+    placed = [manual_spec(spec) for spec in placed]
     run = jax.shard_map(
         partial(_local, how, placed, dtype, shards),
         mesh=shards.mesh,
         in_specs=(placed,),
         out_specs=placed,
+        axis_names=manual_axes(shards),
         check_vma=False,
     )
     return run(updates)

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.placement import param_specs, shardings
 from dsv4_jax.training.batch import Batch, from_fields
-from sharding.mesh import MeshShape, make_mesh
-from sharding.rules import BATCH, TRAIN
+from sharding.mesh import AXES, MeshShape, make_mesh
+from sharding.rules import BY_COMPILER, TRAIN, manual_spec
 from sharding.shards import SINGLE, Shards
 
 
@@ -21,31 +21,15 @@ def make_shards(text: str) -> Shards:
     """The mesh that `text` ("fsdp=2,expert=4") names, with the rules of training; "": one device.
 
     Raises:
-        ValueError: an axis that a training step cannot split over, or devices that do not fit.
+        ValueError: unknown axes, or devices that do not fit.
     """
     shape = MeshShape.parse(text) if text else MeshShape()
-    check_axes(shape)
     if shape.num_devices == 1 and jax.process_count() == 1:
         return SINGLE
     devices = jax.devices()
     if jax.process_count() == 1:
         devices = devices[: shape.num_devices]
     return Shards(make_mesh(shape, devices), TRAIN, split=True)
-
-
-def check_axes(shape: MeshShape) -> None:
-    """Whether a training step can use the axes of a mesh.
-
-    Raises:
-        ValueError: it cannot split over one of them.
-    """
-    known = (*BATCH, "context")
-    refused = [axis for axis, size in shape.sizes().items() if size > 1 and axis not in known]
-    if refused:
-        raise ValueError(
-            f"mesh {shape}: a training step splits over {', '.join(known)}; "
-            f"{', '.join(refused)} is for inference"
-        )
 
 
 def row_spec(shards: Shards) -> PartitionSpec:
@@ -77,6 +61,17 @@ def state_shardings(cfg: ModelConfig, state: Any, shards: Shards, scan: bool) ->
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: device, state)
     return shardings(state_specs(cfg, state, shards, scan), shards)
+
+
+def manual_axes(shards: Shards) -> set[str]:
+    """Axes that programs speak across: all, unless the compiler has one to split heads over."""
+    return {axis for axis in AXES if axis != BY_COMPILER or shards.size(axis) == 1}
+
+
+def manual_specs(specs: Any) -> Any:
+    """Placements without the axis that the compiler splits."""
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(manual_spec, specs, is_leaf=is_spec)
 
 
 def placed_shapes(cfg: ModelConfig, state: Any, shards: Shards, scan: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -65,11 +66,12 @@ def run(
     mesh: MeshShape,
     exchange: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    cache: Path | None = None,
 ) -> Report:
     """Compiles a step of the sparse phase for `topology` and reports.
 
     bfloat16 activations and products, float32 weights and slots, layers in a scan and recomputed in
-    the backward pass, Muon in bfloat16.
+    the backward pass, Muon in bfloat16. cache: see `compile.measure_program`.
 
     Raises:
         ValueError: unknown topology, or a mesh or sizes that do not fit it or do not divide.
@@ -107,7 +109,7 @@ def run(
         report.reason = "weights and slots alone exceed the memory of a device"
         return report
     say(f"compiling for {len(devices)} devices, {micro} microbatches")
-    compiler.measure_program(report, _step(program, state, sizes, micro), shards, kind)
+    compiler.measure_program(report, _step(program, state, sizes, micro), shards, kind, cache)
     return report
 
 

@@ -21,7 +21,13 @@ from dsv4_jax.training.forward import forward
 from dsv4_jax.training.joined import join_top
 from dsv4_jax.training.losses import Aux, Counts, Weights, count, objective
 from dsv4_jax.training.optimizer import OptimizerConfig, clip, make_optimizer
-from dsv4_jax.training.placing import route_spec, row_spec, state_shardings
+from dsv4_jax.training.placing import (
+    manual_axes,
+    manual_specs,
+    route_spec,
+    row_spec,
+    state_shardings,
+)
 from dsv4_jax.training.precision import round_weights
 from dsv4_jax.training.program import Program
 from sharding.rules import entry_axes
@@ -162,7 +168,7 @@ def _over_mesh(
     """`_accumulate` of every device's rows and weights, added up over devices."""
     shards, cfg = program.shards, program.cfg
     assert isinstance(shards.mesh, Mesh)
-    placed = param_specs(cfg, shards, is_scanned(cfg, params))
+    placed = manual_specs(param_specs(cfg, shards, is_scanned(cfg, params)))
     rows, whole = row_spec(shards), PartitionSpec()
     tokens = shards.token_axes
 
@@ -187,6 +193,7 @@ def _over_mesh(
         mesh=shards.mesh,
         in_specs=(placed, whole, whole, rows, routed(routes), [placed for _ in others]),
         out_specs=((placed, whole, whole), routed(shapes[1].routes)),
+        axis_names=manual_axes(shards),
         check_vma=False,
     )
     (grads, metrics, loads), chosen = run(params, weights, counts, batch, routes, others)
@@ -303,11 +310,13 @@ def routing_pass(program: Program, params: Any, batch: Batch) -> Any:
     assert isinstance(shards.mesh, Mesh)
     alone = dataclasses.replace(program, shards=SINGLE)
     shapes = jax.eval_shape(partial(routing_pass, alone), params, batch)
+    placed = manual_specs(param_specs(cfg, shards, is_scanned(cfg, params)))
     run = jax.shard_map(
         local,
         mesh=shards.mesh,
-        in_specs=(param_specs(cfg, shards, is_scanned(cfg, params)), row_spec(shards)),
+        in_specs=(placed, row_spec(shards)),
         out_specs=jax.tree.map(lambda a: route_spec(shards, a.ndim), shapes),
+        axis_names=manual_axes(shards),
         check_vma=False,
     )
     return run(params, batch)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv4_jax import presets
-from dsv4_jax.preflight import command, measure, render, slices, traffic
+from dsv4_jax.preflight import command, kept, measure, render, slices, traffic
 from dsv4_jax.preflight.compile import Report
 from dsv4_jax.preflight.programs import Sizes
 from pallas_kernels import aot
@@ -64,7 +64,7 @@ def test_explain_lists_every_parameter(capsys):
         ),
         (["--model", "tiny", "--batch", "3", "--mesh", "expert=8", "--estimate"], "batch of 3"),
         (["--model", "tiny", "--program", "train"], "--program train needs --mesh"),
-        (TRAIN + ["--mesh", "tensor=8"], "tensor is for inference"),
+        (TRAIN + ["--mesh", "tensor=8"], "does not divide into 8 parts (axes tensor)"),
         (TRAIN + ["--mesh", "fsdp=8", "--micro-rows", "0"], "--micro-rows 0 must be positive"),
         (TRAIN + ["--mesh", "fsdp=8", "--estimate"], "know decode and prefill"),
     ],
@@ -175,3 +175,46 @@ def test_the_compiler_confirms_bytes_sent(mesh, program, sizes):
     assert 0.5 * report.flops < sum(report.kernels.values()) <= report.flops
     formula, sent = sum(report.formula.values()), sum(report.sent.values())
     assert abs(formula - sent) <= 0.1 * sent, (report.formula, report.sent)
+
+
+class Lowered:
+    """A lowered program as far as keys need one."""
+
+    def __init__(self, text):
+        self.as_text = lambda: text
+
+
+def test_answers_belong_to_a_program_and_its_surroundings(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept.importlib.metadata, "version", lambda name: "1.0")
+    key = kept.key_of(Lowered("program"), "v6e:2x4")
+    assert key == kept.key_of(Lowered("program"), "v6e:2x4")
+    others = {kept.key_of(Lowered("other"), "v6e:2x4"), kept.key_of(Lowered("program"), "v6e:4x4")}
+    with monkeypatch.context() as patch:
+        patch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_async_collective_fusion=false")
+        others.add(kept.key_of(Lowered("program"), "v6e:2x4"))
+    monkeypatch.setattr(kept.importlib.metadata, "version", lambda name: "1.1")
+    others.add(kept.key_of(Lowered("program"), "v6e:2x4"))
+    assert len(others) == 4 and key not in others
+    answer = kept.Answer("text", 1, 2, 3, 4, "", 5.0, 6.0)
+    assert kept.find(tmp_path / "new", key) is None
+    kept.keep(tmp_path / "new", key, answer)
+    assert kept.find(tmp_path / "new", key) == answer
+    (path,) = (tmp_path / "new").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged or of another version .*: delete it"):
+        kept.find(tmp_path / "new", key)
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_the_same_program_is_compiled_once(tmp_path, monkeypatch):
+    cfg = presets.v4_flash().replace(
+        num_layers=1, compress_ratios=(0, 0), num_hash_layers=0, num_experts=8
+    )
+    where = (cfg, "v6e:2x4", "decode", Sizes(8, 8192, 1), MeshShape.parse("expert=8"))
+    first = command.compile_one("short", *where, cache=tmp_path)
+    monkeypatch.setattr(aot, "compile_with_text", None)
+    second = command.compile_one("short", *where, cache=tmp_path)
+    assert first.fits and first.temporaries and first.sent and not first.reused
+    assert second.reused and "compiled earlier in" in render.text(second)
+    assert second.to_json() == first.to_json() | {"reused": True}

@@ -135,6 +135,25 @@ def test_many_meshes_equal_one_device(mesh, deep):
     deep.check_update(mesh)
 
 
+@pytest.fixture(scope="module")
+def even():
+    """A vocabulary that divides, CSA and HCA, and the MTP block."""
+    model = {"vocab_size": 64, "num_layers": 2, "compress_ratios": (4, 8, 0), "num_hash_layers": 0}
+    return Case(CONFIG.replace(**model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2,tensor=2", "expert=2,context=2,tensor=2"])
+def test_heads_that_the_compiler_splits(mesh, even):
+    even.check_gradients(mesh)
+    even.check_update(mesh)
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="'heads' of size 2 does not divide into 3 parts"):
+        state_shardings(CONFIG.replace(vocab_size=63), {}, make_shards("tensor=3"), scan=True)
+
+
 @pytest.mark.slow
 def test_rounding_equals_one_device():
     """Scales of what lies on several devices are those of the whole matrix."""
@@ -186,10 +205,6 @@ def test_rows_lie_where_the_mesh_says():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (
-            "fsdp=2,tensor=2",
-            "a training step splits over data, fsdp, expert, context; tensor is for inference",
-        ),
         ("model=2", "an axis of data, fsdp"),
         ("fsdp=64", "64 devices"),
     ],
