@@ -44,22 +44,10 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
     ) -> tuple[Array, store.LayerCache]:
-        cfg, num, w = self.cfg, self.num, self.weights
         turn = chunk.rope_rows if self.ratio else chunk.rope_window
-        latent_BTQ = rms_norm(linear(x_BTD, w["wq_a"], num), w["q_norm"], cfg.norm_eps, num)
-        q_BTx = linear(latent_BTQ, w["wq_b"], num)
-        if num.matrix_kernels:
-            q_BTNH = kernels.query_heads(q_BTx, turn, cfg, num)
-        else:
-            q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], -1, cfg.head_dim)  # heads of this device
-            q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
-        kv_BTH = rms_norm(linear(x_BTD, w["wkv"], num), w["kv_norm"], cfg.norm_eps, num)
-        kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
-
+        q_BTNH, latent_BTQ = self._queries(x_BTD, turn)
         cache = dict(cache)
-        window, cache["window"] = _extend_window(
-            cache["window"], kv_BTH, index, chunk, cfg, num, self.shards
-        )
+        window, cache["window"] = self._push(x_BTD, chunk, cache, index)
         query = None
         if self.ratio:
             self._compress_rows(x_BTD, chunk, cache, index)
@@ -68,6 +56,42 @@ class Attention(nn.Module):
             self._compress_keys(x_BTD, chunk, cache, index)
         out_BTNH = self._attend(q_BTNH, window, chunk, cache, index, query, turn)
         return self._project(out_BTNH), cache
+
+    def remember(
+        self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
+    ) -> store.LayerCache:
+        """The cache with the tokens in it, of a layer that has a window only."""
+        assert not self.ratio, "other memories are not filled"
+        return cache | {"window": self._push(x_BTD, chunk, cache, index)[1]}
+
+    def recall(self, x_B1D: Array, chunk: Chunk, cache: store.LayerCache, index: Array) -> Array:
+        """The output of each sequence's newest token, which `remember` has put into the cache."""
+        turn, num = chunk.rope_window, self.num
+        rows_BSH = store.ring_rows(cache["window"], chunk.place(index), num.jnp_dtype)
+        positions_BS = store.ring_positions(cache["window"], chunk.pos_B)
+        window = Window(rows_BSH, positions_BS, is_ring=True)
+        q_B1NH = self._queries(x_B1D, turn)[0]
+        return self._project(self._attend(q_B1NH, window, chunk, cache, index, None, turn))
+
+    def _queries(self, x_BTD: Array, turn: Rotation) -> tuple[Array, Array]:
+        """Heads of this device, normed and turned, and the latents they come from."""
+        cfg, num, w = self.cfg, self.num, self.weights
+        latent_BTQ = rms_norm(linear(x_BTD, w["wq_a"], num), w["q_norm"], cfg.norm_eps, num)
+        q_BTx = linear(latent_BTQ, w["wq_b"], num)
+        if num.matrix_kernels:
+            return kernels.query_heads(q_BTx, turn, cfg, num), latent_BTQ
+        q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], -1, cfg.head_dim)
+        return rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num), latent_BTQ
+
+    def _push(
+        self, x_BTD: Array, chunk: Chunk, cache: store.LayerCache, index: Array
+    ) -> tuple[Window, store.Rows]:
+        """The window that the tokens see, themselves included, and the advanced ring."""
+        cfg, num, w = self.cfg, self.num, self.weights
+        turn = chunk.rope_rows if self.ratio else chunk.rope_window
+        kv_BTH = rms_norm(linear(x_BTD, w["wkv"], num), w["kv_norm"], cfg.norm_eps, num)
+        kv_BTH = round_rows(rotate(kv_BTH, turn, num), cfg, num)
+        return _extend_window(cache["window"], kv_BTH, index, chunk, cfg, num, self.shards)
 
     def _attend(
         self,

@@ -48,6 +48,24 @@ class Chunk(NamedTuple):
         rows_BT = (self.pos_B[:, None] + steps + 1) // ratio
         return jnp.where(steps < self.count_B[:, None], rows_BT, 0)
 
+    def last(self) -> Chunk:
+        """The chunk of each sequence's last real token alone; its rows are those of one device."""
+        first_B, count_B = jnp.maximum(self.count_B - 1, 0), jnp.minimum(self.count_B, 1)
+        return self._replace(
+            pos_B=self.pos_B + first_B,
+            count_B=count_B,
+            tokens_BT=last_of(self.tokens_BT, self.count_B),
+            rope_window=Rotation(*(last_of(a, self.count_B) for a in self.rope_window)),
+            rope_rows=Rotation(*(last_of(a, self.count_B) for a in self.rope_rows)),
+            total_B=count_B,
+        )
+
+
+def last_of(x: Array, count_B: Array) -> Array:
+    """The last real entry along axis 1 of each sequence: `[B, 1, ...]`."""
+    at = jnp.maximum(count_B - 1, 0).reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, at, axis=1)
+
 
 class NewRows(NamedTuple):
     """Rows that a chunk completes: the first `count_B` of `rows_BCH`, starting at row `first_B`."""

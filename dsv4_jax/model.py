@@ -18,6 +18,7 @@ from jax import Array, lax
 from dsv4_jax.block import Block, MTPBlock
 from dsv4_jax.cache import Cache, LayerCache, init_cache
 from dsv4_jax.compress import Chunk
+from dsv4_jax.compress import last_of as last_of
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.context import from_end, own_part, own_tokens
 from dsv4_jax.mhc import HyperHead
@@ -123,7 +124,11 @@ def draft(
 ) -> tuple[Output, Cache]:
     """The MTP block: streams of token i and the id of token i+1 give logits of token i+2.
 
-    Row i takes position i. Raises ValueError if the model has no MTP block.
+    Row i takes position i. Without `all_logits` streams too are those of the last real token,
+    `[B, 1, M, D]`: for the others the block only fills its cache.
+
+    Raises:
+        ValueError: the model has no MTP block.
     """
     if not params["mtp"]:
         raise ValueError("this checkpoint has no MTP block (num_nextn_predict_layers is 0)")
@@ -133,12 +138,14 @@ def draft(
     top = gather_stored(cfg, top_specs(cfg), params["top"], shards)
     embedded_BTD = num.cast(embed(top["embed"], chunk.tokens_BT, shards))
     weights = {"params": gather_stored(cfg, mtp_specs(cfg), params["mtp"][0], shards)}
+    newest = not all_logits and next_BT.shape[1] > 1 and not shards.split
     out: Any = MTPBlock(cfg, num, shards).apply(
-        weights, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], jnp.int32(0)
+        weights, streams_BTMD, embedded_BTD, chunk, cache.mtp[0], jnp.int32(0), newest
     )
     y_BTD, h_BTMD, state = out
-    kept = y_BTD if all_logits else _last(y_BTD, chunk, shards)
-    logits = output_head(kept, top["head"])
+    if not all_logits and not newest:
+        y_BTD, h_BTMD = (_last(a, chunk, shards) for a in (y_BTD, h_BTMD))
+    logits = output_head(y_BTD, top["head"])
     mtp_pos_B = cache.mtp_pos_B + count_B
     cache = dataclasses.replace(cache, mtp_pos_B=mtp_pos_B, mtp=[state, *cache.mtp[1:]])
     return Output(logits if all_logits else logits[:, 0], h_BTMD), cache
@@ -163,12 +170,6 @@ def output_head(y: Array, head_VD: Array) -> Array:
     if y.dtype == head_VD.dtype == jnp.bfloat16:
         return matmul(y, head_VD)
     return linear_f32(y, head_VD)
-
-
-def last_of(x: Array, count_B: Array) -> Array:
-    """The last real entry along axis 1 of each sequence: `[B, 1, ...]`."""
-    at = jnp.maximum(count_B - 1, 0).reshape((-1,) + (1,) * (x.ndim - 1))
-    return jnp.take_along_axis(x, at, axis=1)
 
 
 def embed(table_VD: Array, tokens_BT: Array, shards: Shards = SINGLE) -> Array:

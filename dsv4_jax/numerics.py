@@ -22,7 +22,8 @@ from pallas_kernels.block_matmul.api import block_matmul
 from sharding.shards import Shards
 
 FEW_ROWS = 32  # up to these many rows a product is bound by its weights
-ONE_BY_ONE = 4  # up to these many rows, each is a product of its own
+APART = 3  # up to these many rows, each is a product of its own
+ONE_BY_ONE = 4  # the same where there is a matrix for each part of a row
 MODES = ("reference", "plain")
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = ("reference", "pallas", "interpret")
@@ -93,9 +94,18 @@ class Numerics:
 
 def matmul(x: Array, w: Array) -> Array:
     """`x · wᵀ` over the last dimensions, `w` `[out, in]`; float32 result of exact products."""
-    if w.ndim == 2 and 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
-        return lax.platform_dependent(x, w, cpu=_weight_first, default=_dot)
+    rows = math.prod(x.shape[:-1])
+    if w.ndim == 2 and 1 < rows <= FEW_ROWS:
+        by_cpu = _apart if rows <= APART else _weight_first
+        return lax.platform_dependent(x, w, cpu=by_cpu, default=_dot)
     return _dot(x, w)
+
+
+def _apart(x: Array, w: Array) -> Array:
+    """Row by row: the CPU backend reads the weights of one row as they lie, fast, else packs."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = jnp.concatenate([_dot(rows[r : r + 1], w) for r in range(len(rows))])
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _weight_first(x: Array, w: Array) -> Array:

@@ -127,7 +127,7 @@ def draft(
         return model.draft(cfg, num, params, *args)
 
     args = (params, cache, next_BT, count_B, streams_BTMD)
-    return _over_mesh(cfg, shards, run, all_logits, *args)
+    return _over_mesh(cfg, shards, run, all_logits, *args, last_streams=not all_logits)
 
 
 def logits_of(
@@ -158,6 +158,7 @@ def _over_mesh(
     tokens_BT: Array,
     count_B: Array,
     *streams: Array,
+    last_streams: bool = False,
 ) -> Any:
     assert isinstance(shards.mesh, Mesh), "sizes alone run nothing"
     if cache.table_BP is not None and shards.count("context") > 1:
@@ -180,7 +181,7 @@ def _over_mesh(
             batch,
             *[token_specs] * len(streams),
         ),
-        out_specs=(Output(logits, token_specs), placed),  # type: ignore[arg-type]
+        out_specs=(Output(logits, batch if last_streams else token_specs), placed),  # type: ignore[arg-type]
         check_vma=False,
     )
     return fn(run)(params, cache, tokens_BT, count_B, *streams)

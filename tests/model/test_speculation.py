@@ -12,7 +12,7 @@ from dsv4_jax import cache as store
 from dsv4_jax import presets
 from dsv4_jax.cache import init_cache
 from dsv4_jax.config import Yarn
-from dsv4_jax.model import group_params, prefill
+from dsv4_jax.model import draft, group_params, last_of, prefill
 from dsv4_jax.sampling import SamplingParams, knobs_of, mask_words, sample_rows
 from dsv4_jax.speculation import EMPTY, Guesses, check_rings, guess, judge
 from tests.model.support import PLAIN, random_units
@@ -123,6 +123,31 @@ def test_a_place_in_a_step_changes_no_bit(narrow, params, step):
         results.append(run_steps(step, params, cache, tokens, counts, tokens[::-1])[0])
     for logits in results[1:]:
         np.testing.assert_array_equal(logits, results[0])
+
+
+@pytest.mark.parametrize("fresh", [1, 4, 20])
+def test_the_block_computes_the_last_token_as_it_would_all(narrow, params, fresh):
+    """Its logits and streams, and a cache with all of them in it; rows of no token stay as is."""
+    rng, batch = np.random.default_rng(2), 3
+    count_B = jnp.int32([0, fresh // 2 + 1, fresh])
+    cache = init_cache(narrow, batch, MAX_LEN, PLAIN, False, spare=GUESSES)
+    run = jax.jit(partial(draft, narrow, PLAIN), static_argnames="all_logits")
+
+    def inputs(length):
+        shape = batch, length
+        streams = rng.normal(size=(*shape, narrow.hc_mult, narrow.dim)).astype(np.float32)
+        return streams, rng.integers(0, 50, shape, np.int32)
+
+    _, cache = run(params, *inputs(7), cache, jnp.int32([7, 3, 6]))
+    new = inputs(fresh)
+    last, cache_of_last = run(params, *new, cache, count_B)
+    out, cache = run(params, *new, cache, count_B, all_logits=True)
+    assert last.streams_BTMD.shape == (batch, 1, narrow.hc_mult, narrow.dim)
+    for got, every in ((last.logits[:, None], out.logits), last[1:] + out[1:]):
+        want = last_of(every, count_B)
+        np.testing.assert_allclose(got[1:], want[1:], rtol=0, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(cache_of_last), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_rings_that_are_too_short_are_refused(narrow):

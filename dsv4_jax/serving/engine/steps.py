@@ -192,7 +192,7 @@ def _guess(
     slots_B = batch.slots_B
     run = partial(parallel.draft, cfg, num, params, shards=shards)
     out, cache = run(streams_BTMD, next_BT, _view(state, batch, pos_B), count_B)
-    h_BTMD, is_real_B = model.last_of(out.streams_BTMD, count_B), jnp.minimum(count_B, 1)
+    is_real_B = jnp.minimum(count_B, 1)
     tokens, chances = [], []
     for k in range(num_guesses):
         positions_B = pos_B + count_B + 1 + k
@@ -204,8 +204,7 @@ def _guess(
         tokens.append(token_B)
         chances.append(q_BV)
         if k + 1 < num_guesses:
-            out, cache = run(h_BTMD, token_B[:, None], cache, is_real_B)
-            h_BTMD = out.streams_BTMD
+            out, cache = run(out.streams_BTMD, token_B[:, None], cache, is_real_B)
 
     state = _keep(state, cache)
     if not num_guesses:
