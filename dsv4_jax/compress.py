@@ -51,13 +51,14 @@ class Chunk(NamedTuple):
     def last(self) -> Chunk:
         """The chunk of each sequence's last real token alone; its rows are those of one device."""
         first_B, count_B = jnp.maximum(self.count_B - 1, 0), jnp.minimum(self.count_B, 1)
-        turns = (
-            jax.tree.map(lambda a: last_of(a, self.count_B), turn)
-            for turn in (self.rope_window, self.rope_rows)
+        return self._replace(
+            pos_B=self.pos_B + first_B,
+            count_B=count_B,
+            tokens_BT=last_of(self.tokens_BT, self.count_B),
+            rope_window=Rotation(*(last_of(a, self.count_B) for a in self.rope_window)),
+            rope_rows=Rotation(*(last_of(a, self.count_B) for a in self.rope_rows)),
+            total_B=count_B,
         )
-        tokens_B1 = last_of(self.tokens_BT, self.count_B)
-        places = self.slots_B, self.table_BP
-        return Chunk(self.pos_B + first_B, count_B, tokens_B1, *turns, count_B, *places)
 
 
 def last_of(x: Array, count_B: Array) -> Array:
