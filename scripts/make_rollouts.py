@@ -51,7 +51,9 @@ def draw(args: argparse.Namespace) -> tuple[int, int, float]:
     until = None if args.limit is None else args.skip + args.limit
     chats = (item for _, item in islice(read_items(Path(args.chats)), args.skip, until))
     rewards: dict[tuple[str, str], float] = {}
-    with open(args.out, "w", encoding="utf-8") as file:
+    out = Path(args.out)
+    part = out.with_name(out.name + ".part")  # half a file would look like a whole one
+    with part.open("w", encoding="utf-8") as file:
         for line in rollouts(sampler, tokenizer, chats, args.answers, args.seed):
             file.write(json.dumps(line) + "\n")
             key = line["group"], line["sample"]
@@ -59,7 +61,9 @@ def draw(args: argparse.Namespace) -> tuple[int, int, float]:
                 print(f"{len(rewards)} answers", file=sys.stderr)
             rewards[key] = line["reward"]
     if not rewards:
+        part.unlink()
         raise ValueError(f"{args.chats} has no question that fits into --max-len {args.max_len}")
+    part.replace(out)
     groups = len({group for group, _ in rewards})
     return groups, len(rewards), sum(rewards.values()) / len(rewards)
 

@@ -10,12 +10,13 @@ import pytest
 from dsv4_jax.encoding.demo_tokenizer import build_byte_tokenizer
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.tokenizer import Tokenizer
-from dsv4_jax.training.batch import from_fields
+from dsv4_jax.training.batch import from_fields, target_mask
 from dsv4_jax.training.data.packing import decode_row, encode_row
 from dsv4_jax.training.data.rollouts import advantages_of, prepare_rollouts, tokenise
 from dsv4_jax.training.data.source import Rows, Source
-from dsv4_jax.training.distill import Distill, Teacher
+from dsv4_jax.training.distill import Distill, Teacher, token_kl
 from dsv4_jax.training.evaluate import scorer
+from dsv4_jax.training.forward import forward
 from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.init import InitConfig, init_params
 from dsv4_jax.training.loop import Trainer
@@ -168,7 +169,7 @@ def test_what_is_drawn_is_as_likely_as_noted():
         sampler.draw([5] * 60, 2, jax.random.key(0))
 
 
-def small(run, folder, objective, data, steps=12):
+def small(run, folder, objective, data, steps=80):
     return dataclasses.replace(
         run,
         objective=objective,
@@ -178,59 +179,78 @@ def small(run, folder, objective, data, steps=12):
     )
 
 
-@pytest.mark.slow
-def test_rewarded_answers_become_likely(start, tokenizer, capsys):
-    """Draw, judge, pack, train, draw again, export: answers whose first id is even are right."""
-    folder, run = start
+def draw_even(run_dir, seed):
+    """Rollouts of which those are right whose first id is even."""
+    sampler, lines = sampler_of(newest_params(run_dir, MODEL)), []
+    for group in range(8):
+        prompt = [10 + group, 20, 30]
+        for answer in sampler.draw(prompt, 16, jax.random.key(100 * seed + group)):
+            reward = float(answer.ids[0] % 2 == 0)
+            lines.append(line(group, reward, prompt, answer.ids) | {"logprobs": answer.log_probs})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def drawn(start):
+    """What the start draws, packed into `drawn` beside it."""
+    folder, lines = start[0], draw_even(start[0] / "start", 1)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text(build_byte_tokenizer().to_str())
-
-    def even(run_dir, seed):
-        sampler, lines = sampler_of(newest_params(run_dir, MODEL)), []
-        for group in range(8):
-            prompt = [10 + group, 20, 30]
-            drawn = sampler.draw(prompt, 16, jax.random.key(100 * seed + group))
-            for answer in drawn:
-                reward = float(answer.ids[0] % 2 == 0)
-                noted = {"logprobs": answer.log_probs}
-                lines.append(line(group, reward, prompt, answer.ids) | noted)
-        return lines
-
-    before = even(folder / "start", 1)
-    write(folder / "drawn.jsonl", before)
+    write(folder / "drawn.jsonl", lines)
     args = ["--rollouts", "--out", str(folder / "drawn"), "--lengths", "32"]
     args += ["--tokenizer", str(folder / "tokenizer"), str(folder / "drawn.jsonl")]
     assert prepare_data.main(args) == 0
+    return lines
+
+
+def mean_reward(lines):
+    return np.mean([line["reward"] for line in lines])
+
+
+@pytest.mark.slow
+def test_rewarded_answers_become_likely(start, drawn):
+    """Draw, judge, pack, train, draw again, export: answers whose first id is even are right."""
+    folder, run = start
     trainer = Trainer(small(run, folder, Grpo(kl=0.01), "drawn"), folder / "grpo")
     assert trainer.train()
     trainer.close()
     lines = read(folder / "grpo")
     assert {"kl", "clipped", "masked"} <= set(lines[0]) and "recall" not in lines[0]
     assert abs(lines[0]["kl"]) < 1e-4 < lines[-1]["kl"]  # it starts at the reference
-    share = (
-        np.mean([x["reward"] for x in before]),
-        np.mean([x["reward"] for x in even(folder / "grpo", 2)]),
-    )
-    assert share[0] < 0.65 and share[1] > share[0] + 0.2
+    before, after = mean_reward(drawn), mean_reward(draw_even(folder / "grpo", 2))
+    assert before < 0.65 and after > before + 0.2
     export_run.export_run(str(folder / "grpo"), str(folder / "out"), None, "bf16")
     assert (folder / "out" / "config.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("single_sample", [False, True])
-def test_a_student_comes_to_its_teacher(start, single_sample):
+def test_a_student_comes_to_its_teacher(start, drawn, single_sample):
     folder, run = start
     trainer = Trainer(run, folder / "teacher")
     trainer.train(until=8)
     trainer.close()
     objective = Distill((Teacher(str(folder / "teacher")),), single_sample)
     name = f"student-{single_sample}"
-    trainer = Trainer(small(run, folder, objective, "data"), folder / name)
+    trainer = Trainer(small(run, folder, objective, "drawn"), folder / name)
     trainer.train()
     trainer.close()
-    losses = [x["loss"] for x in read(folder / name)]
     assert "kl" not in read(folder / name)[0]
-    assert losses[0] > 0 and np.mean(losses[-3:]) < 0.7 * np.mean(losses[:2])
+    assert kl_to_teacher(folder, name) < 0.5 * kl_to_teacher(folder, "start")
+
+
+def kl_to_teacher(folder, name):
+    """Mean over the tokens that were drawn."""
+    rows = Rows((Source(str(folder / "drawn")),), 32, 0, MODEL.vocab_size)
+    batch = from_fields(rows.batch(0, range(16)))
+    program = Program(MODEL, index_loss=False, mtp=False)
+    pairs = []
+    for model in (name, "teacher"):
+        params = newest_params(folder / model, MODEL)
+        y_BTD = forward(program, params, batch).y_BTD
+        pairs += [y_BTD.reshape(-1, y_BTD.shape[-1]), params["top"]["head"]]
+    weight_U = np.asarray(target_mask(batch, 1)).reshape(-1)
+    return np.average(token_kl(*pairs), weights=weight_U)
 
 
 def test_runs_refuse_what_they_cannot_learn_from(start, tokenizer, tmp_path):
