@@ -41,7 +41,7 @@ def check(cfg: ModelConfig, shards: Shards, batch: int, scan: bool = True) -> No
     Raises:
         ValueError: something does not divide; names it and the nearest meshes that do.
     """
-    assert isinstance(shards.mesh, Mesh)
+    assert shards.mesh is not None
 
     def problem(candidate: Shards) -> str | None:
         try:

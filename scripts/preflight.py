@@ -97,6 +97,9 @@ def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     from dsv4_jax.preflight import command
     from dsv4_jax.training import preflight
     from pallas_kernels import aot
+    from sharding.mesh import MeshSizes
+    from sharding.rules import TRAIN
+    from sharding.shards import Shards
 
     if args.explain or args.estimate:
         raise ValueError("--explain and --estimate know decode and prefill")
@@ -104,6 +107,7 @@ def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     shape = command.mesh_shape(args.mesh)
     if shape is None:
         raise ValueError("--program train needs --mesh")
+    preflight.check_fit(cfg, Shards(MeshSizes(shape), TRAIN, split=True), sizes)
     if reason := aot.skip_reason():
         raise ValueError(reason)
     where = (args.topology, sizes, shape, args.exchange)

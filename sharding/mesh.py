@@ -80,7 +80,7 @@ class MeshSizes:
         self.shape = shape.sizes()
 
 
-def shape_of(mesh: Mesh) -> MeshShape:
+def shape_of(mesh: Mesh | MeshSizes) -> MeshShape:
     """The sizes of a mesh made here."""
     return MeshShape(**{str(axis): int(size) for axis, size in mesh.shape.items()})
 

@@ -79,9 +79,7 @@ def run(
     kind, devices = generation(topology), topology_devices(topology)
     cfg = cfg.replace(dense_format=None, expert_format=None)
     shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange, split=True)
-    check(cfg, shards, sizes.batch)
-    check_length(cfg, shards, sizes.length)
-    micro = microbatches(sizes, shards.count("batch"))
+    micro = check_fit(cfg, shards, sizes)
     program = Program(cfg, Precision("bfloat16"), remat="group", shards=shards)
     state = state_of(program)
     weights, slots = (local_bytes(part) for part in (state.params, state.opt_state))
@@ -111,6 +109,17 @@ def run(
     say(f"compiling for {len(devices)} devices, {micro} microbatches")
     compiler.measure_program(report, _step(program, state, sizes, micro), shards, kind, cache)
     return report
+
+
+def check_fit(cfg: ModelConfig, shards: Shards, sizes: TrainSizes) -> int:
+    """The number of microbatches; needs no devices.
+
+    Raises:
+        ValueError: the model or the sizes do not divide over the mesh.
+    """
+    check(cfg, shards, sizes.batch)
+    check_length(cfg, shards, sizes.length)
+    return microbatches(sizes, shards.count("batch"))
 
 
 def microbatches(sizes: TrainSizes, parts: int) -> int:

@@ -75,7 +75,7 @@ def test_two_processes_equal_one(tmp_path):
     [
         (["--hosts", "2"], "need --coordinator"),
         (["--coordinator", "localhost:1", "--hosts", "2", "--host-index", "2"], "less than"),
-        (["--mesh", "tensor=2"], "tensor is for inference"),
+        (["--mesh", "heads=2"], "with an axis of data"),
     ],
 )
 def test_flags_that_contradict_each_other(args, message, tmp_path, capsys):
