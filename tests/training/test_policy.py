@@ -12,8 +12,10 @@ from dsv4_jax.training.distill import Distill, Teacher
 from dsv4_jax.training.forward import forward
 from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.losses import Weights, count, objective
+from dsv4_jax.training.placing import make_shards, named, row_spec, state_shardings
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.step import gradients
+from tests.sharding.support import Compiled, placed
 from tests.training.support import CONFIG, documents, pack, random_params
 
 SMALL = CONFIG.replace(num_layers=2, compress_ratios=(4, 8, 0))
@@ -22,9 +24,9 @@ WEIGHTS = Weights(0.3, 0.0, 0.0)
 TWO = (Teacher("a", 0.5), Teacher("b", 2.0))
 
 
-def rows_of(seed=0) -> Batch:
+def rows_of(seed=0, length=18) -> Batch:
     """Two rows of documents whose last tokens were drawn; teachers 0, 1, all, 0."""
-    batch = pack([documents([9, 7], seed), documents([10, 3], seed + 1)], 18)
+    batch = pack([documents([9, 7], seed), documents([10, 3], seed + 1)], length)
     rng = np.random.default_rng(seed)
     learn = (np.asarray(batch.position_BT) >= 2) & (np.asarray(batch.segment_BT) > 0)
     shape, segment = learn.shape, np.asarray(batch.segment_BT)
@@ -178,6 +180,30 @@ def test_microbatches_change_only_rounding():
     )
     np.testing.assert_allclose(whole[1].metrics, cut[1].metrics, rtol=1e-5, atol=1e-7)
     same_gradients(cut[0], whole[0], 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,expert=2", "fsdp=2,expert=2,context=2"])
+@pytest.mark.parametrize("config", [Grpo(clip=0.3, kl=0.2, mask_above=1.0), Distill(TWO)])
+def test_meshes_equal_one_device(config, mesh):
+    """Documents cross the border of a row split in two, and so do sums over them."""
+    params, others = random_params(ONE), [random_params(ONE, seed) for seed in (1, 2)]
+    others = others[: len(config.teachers) if isinstance(config, Distill) else 1]
+    rows = [rows_of(seed, 16) for seed in range(4)]
+    batch = jax.tree.map(lambda *a: jnp.concatenate(a)[None], *rows)
+    program = Program(ONE, mtp=False, index_loss=False, objective=config)
+    wanted, expected = Compiled(lambda *a: gradients(program, WEIGHTS, *a))(
+        params, batch, None, others
+    )
+    shards = make_shards(mesh)
+    split = dataclasses.replace(program, shards=shards)
+    where = state_shardings(ONE, params, shards, scan=True)
+    batch = placed(batch, jax.tree.map(lambda _: named(shards, row_spec(shards)), batch))
+    g, found = Compiled(lambda *a: gradients(split, WEIGHTS, *a))(
+        placed(params, where), batch, None, [placed(other, where) for other in others]
+    )
+    np.testing.assert_allclose(found.metrics, expected.metrics, rtol=1e-5, atol=1e-7)
+    same_gradients(g, wanted, 1e-4)
 
 
 def test_sequences_are_documents_with_something_drawn():
