@@ -1,12 +1,15 @@
 """QAT: rounding equals what is exported, gradients pass straight; the export is what trained."""
 
+import io
 import json
+import struct
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from checkpoints.convert import convert
 from checkpoints.export import export
@@ -160,3 +163,18 @@ def test_reports_survive_a_kill_and_are_drawn(tmp_path, capsys):
     assert svg.count("<polyline") == 2 and "a &lt;b&gt;" in svg
     with pytest.raises(ValueError, match="no run reports 'mtp'"):
         draw({"a": tmp_path}, panels=("mtp",))
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    reporter = Reporter(tmp_path, 0, 10, io.StringIO())
+    for step in range(3):
+        reporter.step({"step": step, "phase": "p", "loss": 0.5 * step, "lr": 0.25})
+    reporter.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    found, data = [], file.read_bytes()
+    while data:  # records: length, its check sum, an event, its check sum
+        (size,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        data = data[12 + size + 4 :]
+    assert found == [(s, n, v) for s in range(3) for n, v in (("loss", 0.5 * s), ("lr", 0.25))]
