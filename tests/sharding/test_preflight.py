@@ -126,11 +126,18 @@ HLO = """HloModule step
   ROOT %h = f32[16,64]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}
 }, execution_thread="sparsecore"
 
+%all-reduce-scatter.1 (b: f32[8,64]) -> f32[1,64] {
+  %b = f32[8,64]{1,0} parameter(0)
+  %sum = f32[8,64]{1,0} all-reduce(%b), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %mine = f32[1,64]{1,0} dynamic-slice(%sum, %i, %i), dynamic_slice_sizes={1,64}
+}
+
 ENTRY %main (a: f32[8,64]) -> f32[8,64] {
   %a = f32[8,64]{1,0} parameter(0)
   %g = f32[64,64]{1,0} all-gather(%a), replica_groups=[1,8]<=[8], dimensions={0}
   %c = f32[16,64]{1,0} custom-call(%a), custom_call_target="?", called_computations={%offloaded}
   %w = (s32[], f32[8,64]{1,0}) while(%t), condition=%cond, body=%body
+  %f = f32[1,64]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %o = f32[8,64]{1,0} get-tuple-element(%w), index=1
 }
 """
@@ -139,7 +146,8 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
 def test_collectives_count_as_often_as_they_run():
     sent = measure.collectives(HLO)
     gathered = 64 * 64 * 4 * 7 // 8 + 16 * 64 * 4 // 2
-    assert sent == {"all-gather": gathered, "all-reduce": 10 * 2 * 3 * 8 * 64}
+    summed = {"all-reduce": 10 * 2 * 3 * 8 * 64, "reduce-scatter": 7 * 64 * 4}
+    assert sent == {"all-gather": gathered} | summed
 
 
 def test_the_formula_grows_with_the_group():
