@@ -138,8 +138,8 @@ def whole_rows(rows: store.Rows, index: Array, shards: Shards) -> store.Rows:
 
     def join(a: Array) -> Array:
         layer = lax.dynamic_index_in_dim(a, index, keepdims=False)
-        blocks = layer.reshape(layer.shape[0], -1, shards.row_block, layer.shape[2])
-        blocks = lax.all_gather(blocks, "context", axis=2)
+        blocks = layer.reshape(layer.shape[0], -1, 1, shards.row_block, layer.shape[2])
+        blocks = shards.join(blocks, "context", 2)
         return blocks.reshape(layer.shape[0], -1, layer.shape[2])[None]
 
     return jax.tree.map(join, rows)

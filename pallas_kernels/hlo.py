@@ -12,7 +12,7 @@ import collections
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "f4e2m1fn": 4}
@@ -97,7 +97,8 @@ def moved(text: str) -> collections.Counter[str]:
 def runs(text: str) -> Iterator[tuple[int, dict[str, Op], Op]]:
     """Every operation outside fusions: how often it runs, its neighbours by name, itself.
 
-    Of conditionals all branches count.
+    Of conditionals all branches count. Of a fusion that sums and keeps a part, a scatter that the
+    compiler builds of an all-reduce, this sum follows as `all-reduce-scatter`.
     """
     module = parse(text)
 
@@ -110,6 +111,11 @@ def runs(text: str) -> Iterator[tuple[int, dict[str, Op], Op]]:
                 yield from walk(_called(op, "body"), times * trips)
             elif op.kind in ("call", "async-start"):
                 yield from walk(_called(op, "to_apply|calls"), times)
+            elif op.kind == "fusion" and "calls=%all-reduce-scatter" in op.rest:
+                inside = module.computations.get(_called(op, "calls"), {})
+                for part in inside.values():
+                    if part.kind == "all-reduce":
+                        yield times, inside, replace(part, kind="all-reduce-scatter")
             elif op.kind == "custom-call":  # what moved to a SparseCore
                 for name in re.findall(r"called_computations=\{%([\w.\-]+)\}", op.rest):
                     yield from walk(name, times)

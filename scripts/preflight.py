@@ -101,13 +101,22 @@ def train(args: argparse.Namespace, cfg: ModelConfig) -> int:
     from sharding.rules import TRAIN
     from sharding.shards import Shards
 
-    if args.explain or args.estimate:
-        raise ValueError("--explain and --estimate know decode and prefill")
     sizes = preflight.sizes_of(cfg, args.batch, args.context, args.micro_rows)
     shape = command.mesh_shape(args.mesh)
     if shape is None:
         raise ValueError("--program train needs --mesh")
-    preflight.check_fit(cfg, Shards(MeshSizes(shape), TRAIN, split=True), sizes)
+    command.check_size(shape, args.topology)
+    shards = Shards(MeshSizes(shape), TRAIN, split=True)
+    preflight.check_fit(cfg, shards, sizes)
+    if args.explain:
+        rows = list(preflight.explain(cfg, shards))
+        as_json = json.dumps([row.to_json() for row in rows]) if args.json else ""
+        print(as_json or f"{args.topology}, mesh {shape}\n{preflight.placements(rows)}")
+        return 0
+    if args.estimate:
+        found = preflight.estimate(cfg, args.topology, shards, sizes)
+        print(json.dumps(found) if args.json else preflight.estimated(found))
+        return 0
     if reason := aot.skip_reason():
         raise ValueError(reason)
     where = (args.topology, sizes, shape, args.exchange)

@@ -19,6 +19,8 @@ from sharding.mesh import AXES, MeshSizes
 from sharding.rules import SERVE, Names, Rules, entry_axes, spec_of
 
 EXCHANGES = ("gather", "ragged", "padded")
+WHOLE = 16  # devices of a slice up to which a gather over all of them stays one
+NEIGHBOURS = 4  # of the first of two stages of a gather: a host's, or an edge of the smallest cube
 ROW_BLOCK = 128  # compressed rows that lie together; blocks go to shards in turn
 
 
@@ -85,8 +87,16 @@ class Shards:
 
     def join(self, x: Array, name: str, dim: int) -> Array:
         """Parts of all shards of a dimension, side by side along `dim`."""
-        axes = self.axes(name)
-        return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+        axes, count = self.axes(name), self.count(name)
+        if not axes:
+            return x
+        # Of a gather over all devices of a large torus (v5p, TPU7x) the compiler makes a sum, which
+        # sends twice as much; not so over neighbours and then over what they have: the same bytes.
+        assert self.mesh is not None
+        whole = count == math.prod(self.mesh.shape.values()) and count > WHOLE
+        for groups in two_stages(count) if whole else [None]:
+            x = lax.all_gather(x, axes, axis=dim, tiled=True, axis_index_groups=groups)
+        return x
 
     def spec(
         self,
@@ -116,6 +126,15 @@ class Shards:
 
 
 SINGLE = Shards()
+
+
+def two_stages(count: int) -> list[list[list[int]] | None]:
+    """Groups of devices whose gathers, one after the other, are one over all of them, in order."""
+    if count % NEIGHBOURS:
+        return [None]
+    near = [list(range(n, n + NEIGHBOURS)) for n in range(0, count, NEIGHBOURS)]
+    far = [list(range(n, count, NEIGHBOURS)) for n in range(NEIGHBOURS)]
+    return [near, far]
 
 
 def ordered_total(x: Array, axes: tuple[str, ...], count: int) -> Array:

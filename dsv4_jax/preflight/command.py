@@ -17,6 +17,7 @@ from sharding.shards import Shards
 
 __all__ = [
     "advice",
+    "check_size",
     "compile_one",
     "estimates",
     "explain",
@@ -77,7 +78,7 @@ def explain(
     from dsv4_jax import placement
 
     mesh = mesh or _ranked(cfg, topology, program, sizes)[0].mesh
-    _check_size(mesh, topology)
+    check_size(mesh, topology)
     shards = Shards(MeshSizes(mesh), rules_of(program))
     if not as_json:
         return f"{topology}, mesh {mesh}\n{placements(cfg, shards)}"
@@ -96,7 +97,7 @@ def estimates(
     """A few meshes of a slice, the best first, and the smallest slice that holds the program."""
     kind = generation(topology)
     if mesh:
-        _check_size(mesh, topology)
+        check_size(mesh, topology)
         found = [slices.estimate(cfg, kind, mesh, program, sizes)]
     else:
         found = _ranked(cfg, topology, program, sizes)
@@ -123,7 +124,12 @@ def _ranked(cfg: ModelConfig, topology: str, program: str, sizes: Sizes) -> list
     return found
 
 
-def _check_size(mesh: MeshShape, topology: str) -> None:
+def check_size(mesh: MeshShape, topology: str) -> None:
+    """Whether a mesh has as many devices as a slice.
+
+    Raises:
+        ValueError: it has not.
+    """
     devices = slices.devices_of(topology)
     if mesh.num_devices != devices:
         raise ValueError(f"mesh {mesh} has {mesh.num_devices} devices, {topology} has {devices}")

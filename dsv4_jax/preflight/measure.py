@@ -18,6 +18,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
+FUSED = "all-reduce-scatter"  # see `hlo.runs`
 
 
 def flops(jaxpr: Any) -> float:
@@ -60,10 +61,13 @@ def collectives(text: str) -> collections.Counter[str]:
     sent: collections.Counter[str] = collections.Counter()
     for times, here, op in hlo.runs(text):
         kind = op.kind.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        if kind not in (*COLLECTIVES, FUSED):
             continue
         size = max((buffer.size for buffer in op.buffers), default=0)
         group = group_size(op.rest)
+        if kind == FUSED:
+            sent["reduce-scatter"] += round(times * size * (group - 1) / group)
+            continue
         if kind == "ragged-all-to-all":
             size = min(size, sum(b.size for b in here[op.operands[0]].buffers))  # one has room
         factor = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1}

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.placement import explain
+from dsv4_jax.placement import Row, explain
 from dsv4_jax.preflight.compile import Report
 from sharding.shards import Shards
 
@@ -58,18 +58,25 @@ def text(report: Report) -> str:
 
 def placements(cfg: ModelConfig, shards: Shards) -> str:
     """Every parameter: its dimensions, where they go, bytes on each device."""
+    rows = list(explain(cfg, shards))
     head = ("parameter", "dims", "shape", "dtype", "placement", "MiB/device", "of MiB")
-    rows: list[tuple[str, ...]] = [head]
-    total = 0
-    for row in explain(cfg, shards):
-        where = ", ".join("-" if e is None else str(e) for e in row.placement)
-        sizes = [f"{size / 2**20:,.3f}" for size in (row.device_bytes, row.total_bytes)]
-        shape = "x".join(map(str, row.shape))
-        rows.append((row.name, row.dims, shape, row.dtype, where, *sizes))
-        total += row.device_bytes
+    total = sum(row.device_bytes for row in rows)
+    lines = columns([head, *(cells(row) for row in rows)])
+    return f"{lines}\n{total / 2**30:.3f} GiB of weights on each device"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A stored array as text."""
+    where = ", ".join("-" if e is None else str(e) for e in row.placement)
+    sizes = [f"{size / 2**20:,.3f}" for size in (row.device_bytes, row.total_bytes)]
+    return (row.name, row.dims, "x".join(map(str, row.shape)), row.dtype, where, *sizes)
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells below each other."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join([*lines, f"{total / 2**30:.3f} GiB of weights on each device"])
+    return "\n".join(lines)
 
 
 def page(reports: Iterable[Report]) -> str:

@@ -1,7 +1,8 @@
 """Muon over a mesh: every matrix is orthogonalised by one device.
 
 Matrices are stored in parts. Devices with parts of the same stack of matrices exchange them, so
-that each gets whole matrices of its own; those that hold the same parts share the stack out.
+that each gets whole matrices of its own. Those that hold the same parts share the stack out, as far
+as that leaves anyone less to do: with more devices than matrices, several orthogonalise the same.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _local(
     done = orthogonalise_tree(owned, [kind.view for kind in kinds], dtype)
     out = list(parts)
     for x, whole, (kind, members) in zip(stacks, done, kinds.items(), strict=True):
-        back, start = _from_owners(whole, kind, shards)[: len(x)], 0
+        back, start = _from_owners(whole, len(x), kind, shards)[: len(x)], 0
         for i in members:
             size = len(_stack(parts[i]))
             out[i] = back[start : start + size].reshape(parts[i].shape)
@@ -94,20 +95,37 @@ def _counts(kind: _Kind, shards: Shards) -> tuple[int, int]:
     return parts, same
 
 
+def _owners(count: int, kind: _Kind, shards: Shards) -> tuple[int, int]:
+    """Matrices that a device gets of a stack of `count`, and groups of devices that share it out.
+
+    More groups than the fewest that leave nobody more to do would only have more to send back.
+    """
+    parts, same = _counts(kind, shards)
+    per = -(-count // (parts * same))
+    groups = next(g for g in range(1, same + 1) if same % g == 0 and g * parts * per >= count)
+    return per, groups
+
+
 def _to_owners(x_noi: Array, kind: _Kind, shards: Shards) -> Array:
     """The whole matrices that this device owns; zeros fill the last devices' shares."""
-    parts, same = _counts(kind, shards)
-    per = -(-len(x_noi) // (parts * same))
-    x = jnp.pad(x_noi, ((0, per * parts * same - len(x_noi)), (0, 0), (0, 0)))
-    x = x.reshape(same, per * parts, *x.shape[1:])
-    x = lax.dynamic_index_in_dim(x, shards.rank_along(kind.same), keepdims=False)
+    parts, _ = _counts(kind, shards)
+    per, groups = _owners(len(x_noi), kind, shards)
+    x = jnp.pad(x_noi, ((0, per * parts * groups - len(x_noi)), (0, 0), (0, 0)))
+    if groups > 1:
+        x = x.reshape(groups, per * parts, *x.shape[1:])
+        mine = shards.rank_along(kind.same) % groups
+        x = lax.dynamic_index_in_dim(x, mine, keepdims=False)
     if parts == 1:
         return x
     return lax.all_to_all(x, kind.axes, 0, 1 + kind.dim, tiled=True)
 
 
-def _from_owners(x_noi: Array, kind: _Kind, shards: Shards) -> Array:
-    """The inverse of `_to_owners`, with its filling."""
+def _from_owners(x_noi: Array, count: int, kind: _Kind, shards: Shards) -> Array:
+    """The inverse of `_to_owners` for a stack of `count`, with its filling."""
     parts, same = _counts(kind, shards)
+    _, groups = _owners(count, kind, shards)
     x = x_noi if parts == 1 else lax.all_to_all(x_noi, kind.axes, 1 + kind.dim, 0, tiled=True)
-    return x if same == 1 else lax.all_gather(x, kind.same, axis=0, tiled=True)
+    if groups == 1:
+        return x
+    members = [list(range(first, first + groups)) for first in range(0, same, groups)]
+    return lax.all_gather(x, kind.same, axis=0, tiled=True, axis_index_groups=members)

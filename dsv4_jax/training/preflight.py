@@ -1,9 +1,12 @@
-"""Preflight of a training step: the whole step, compiled for a slice that need not exist."""
+"""Preflight of a training step: the whole step, compiled for a slice that need not exist.
+
+Without compiling: where every parameter and its slots lie, and what follows from sizes alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax import placement
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.parallel import check
 from dsv4_jax.preflight import compile as compiler
 from dsv4_jax.preflight import slices
 from dsv4_jax.preflight.compile import Report
 from dsv4_jax.preflight.programs import Program as Compiled
+from dsv4_jax.preflight.render import cells, columns
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.halo import check_length
 from dsv4_jax.training.init import InitConfig, init_params
@@ -28,12 +33,15 @@ from dsv4_jax.training.placing import named, placed_shapes, row_spec
 from dsv4_jax.training.precision import Precision
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.step import Knobs, TrainState, init_state, make_step
-from sharding.mesh import MeshShape, generation, make_mesh, num_chips, topology_devices
+from sharding.mesh import MeshShape, generation, make_mesh, num_chips, shape_of, topology_devices
 from sharding.rules import TRAIN
 from sharding.shards import Shards
 
 OPTIMIZER = OptimizerConfig(ns_dtype="bfloat16")
 PASSES = 3  # forwards once, backwards twice as much; what is computed again is a choice
+
+
+HEAD = "parameter dims shape dtype placement MiB/device of_MiB slots slots_MiB/device"
 
 
 class TrainSizes(NamedTuple):
@@ -77,18 +85,12 @@ def run(
         ValueError: unknown topology, or a mesh or sizes that do not fit it or do not divide.
     """
     kind, devices = generation(topology), topology_devices(topology)
-    cfg = cfg.replace(dense_format=None, expert_format=None)
+    cfg = master(cfg)
     shards = Shards(make_mesh(mesh, devices), TRAIN, exchange=exchange, split=True)
     micro = check_fit(cfg, shards, sizes)
     program = Program(cfg, Precision("bfloat16"), remat="group", shards=shards)
     state = state_of(program)
     weights, slots = (local_bytes(part) for part in (state.params, state.opt_state))
-    chip, tokens = slices.CHIPS[kind], sizes.batch * sizes.length
-    work = PASSES * tokens * slices.token_flops(cfg, sizes.length // 2) + muon_flops(cfg)
-    floor = {
-        "compute": work / mesh.num_devices / chip.flops,
-        "HBM": 2 * (weights + slots) / chip.hbm_rate,  # read and written once
-    }
     report = Report(
         name,
         topology,
@@ -98,10 +100,10 @@ def run(
         sizes.batch,
         sizes.length,
         sizes.length,
-        chip.hbm_bytes,
+        slices.CHIPS[kind].hbm_bytes,
         weights,
         slots,
-        floor=floor,
+        floor=floor_of(cfg, kind, mesh, sizes, weights + slots),
     )
     if report.used > report.hbm_bytes:
         report.reason = "weights and slots alone exceed the memory of a device"
@@ -109,6 +111,21 @@ def run(
     say(f"compiling for {len(devices)} devices, {micro} microbatches")
     compiler.measure_program(report, _step(program, state, sizes, micro), shards, kind, cache)
     return report
+
+
+def master(cfg: ModelConfig) -> ModelConfig:
+    """Nothing is quantised in the weights that learn."""
+    return cfg.replace(dense_format=None, expert_format=None)
+
+
+def floor_of(
+    cfg: ModelConfig, kind: str, mesh: MeshShape, sizes: TrainSizes, state: int
+) -> dict[str, float]:
+    """Seconds that a step needs at least. state: bytes of weights and slots on a device, which are
+    read and written once."""
+    chip, tokens = slices.CHIPS[kind], sizes.batch * sizes.length
+    work = PASSES * tokens * slices.token_flops(cfg, sizes.length // 2) + muon_flops(cfg)
+    return {"compute": work / mesh.num_devices / chip.flops, "HBM": 2 * state / chip.hbm_rate}
 
 
 def check_fit(cfg: ModelConfig, shards: Shards, sizes: TrainSizes) -> int:
@@ -137,14 +154,96 @@ def microbatches(sizes: TrainSizes, parts: int) -> int:
     return sizes.batch // at_once
 
 
-def state_of(program: Program) -> TrainState:
-    """Shapes of parameters and slots with their placement."""
+def state_shapes(program: Program) -> TrainState:
+    """Shapes of parameters and slots."""
 
     def make() -> TrainState:
         params = init_params(program.cfg, InitConfig(), jax.random.key(0))
         return init_state(program, OPTIMIZER, params)
 
-    return placed_shapes(program.cfg, jax.eval_shape(make), program.shards, scan=True)
+    return jax.eval_shape(make)
+
+
+def state_of(program: Program) -> TrainState:
+    """The same with their placement."""
+    return placed_shapes(program.cfg, state_shapes(program), program.shards, scan=True)
+
+
+class StateRow(NamedTuple):
+    """A parameter of a run, and what the optimizer keeps beside it on each device."""
+
+    weight: placement.Row
+    slots: tuple[str, ...]
+    slot_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields in one level."""
+        row = self.weight._asdict() | {"placement": list(self.weight.placement)}
+        return row | {"slots": list(self.slots), "slot_bytes": self.slot_bytes}
+
+
+def explain(cfg: ModelConfig, shards: Shards) -> Iterator[StateRow]:
+    """Every parameter in training with its slots, which lie where it does; needs no devices."""
+    cfg = master(cfg)
+    state = state_shapes(Program(cfg))
+    params = jax.tree_util.tree_leaves_with_path(state.params)
+    slots = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    found: dict[Any, list[tuple[str, Any]]] = {path: [] for path, _ in params}
+    for path, slot in slots:
+        if end := next((path[n:] for n in range(len(path)) if path[n:] in found), None):
+            name = path[-len(end) - 1].name  # of the field that holds a tree like the parameters
+            found[end].append((name, slot))
+    for (path, leaf), row in zip(params, placement.explain(cfg, shards), strict=True):
+        assert leaf.shape == row.shape, row.name
+        width = leaf.dtype.itemsize
+        here = math.prod(shards.local_shape(row.placement, leaf.shape))
+        row = row._replace(
+            dtype=str(leaf.dtype), device_bytes=here * width, total_bytes=leaf.size * width
+        )
+        beside = sum(here * slot.dtype.itemsize for _, slot in found[path])
+        yield StateRow(row, tuple(name for name, _ in found[path]), beside)
+
+
+def placements(rows: list[StateRow]) -> str:
+    """A table of `explain`."""
+    lines = [(*cells(r.weight), "+".join(r.slots), f"{r.slot_bytes / 2**20:,.3f}") for r in rows]
+    head = tuple(name.replace("_", " ") for name in HEAD.split())
+    weights, slots = state_bytes(rows)
+    return (
+        f"{columns([head, *lines])}\n{weights / 2**30:.3f} GiB of weights and "
+        f"{slots / 2**30:.3f} GiB of slots on each device"
+    )
+
+
+def state_bytes(rows: list[StateRow]) -> tuple[int, int]:
+    """Of one device: weights, and slots."""
+    return sum(row.weight.device_bytes for row in rows), sum(row.slot_bytes for row in rows)
+
+
+def estimate(cfg: ModelConfig, topology: str, shards: Shards, sizes: TrainSizes) -> dict[str, Any]:
+    """What sizes alone tell of a step: bytes of one device and seconds by resource."""
+    kind = generation(topology)
+    assert shards.mesh is not None
+    mesh, (weights, slots) = shape_of(shards.mesh), state_bytes(list(explain(cfg, shards)))
+    return {
+        "mesh": str(mesh),
+        "fits": weights + slots <= slices.HEADROOM * slices.CHIPS[kind].hbm_bytes,
+        "weights": weights,
+        "slots": slots,
+        "floor": floor_of(master(cfg), kind, mesh, sizes, weights + slots),
+    }
+
+
+def estimated(found: dict[str, Any]) -> str:
+    """`estimate` in lines."""
+    floor, gib = found["floor"], 2**30
+    return (
+        f"mesh {found['mesh']}: {found['weights'] / gib:.2f} GiB of weights and "
+        f"{found['slots'] / gib:.2f} GiB of slots on each device, which "
+        f"{'fit' if found['fits'] else 'do NOT fit'}\n"
+        f"floor ms: compute {1e3 * floor['compute']:.3f}, HBM {1e3 * floor['HBM']:.3f}\n"
+        "temporaries, often most of the memory, and messages are known to the compiler alone"
+    )
 
 
 def _step(program: Program, state: TrainState, sizes: TrainSizes, micro: int) -> Compiled:

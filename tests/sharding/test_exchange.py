@@ -100,3 +100,19 @@ def test_values_and_gradients_equal_one_device(mesh, form, rounds, monkeypatch):
     got = jax.jit(differentiate(partial(loss, partial(over, shards))))(*args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("mesh", ["context=8", "data=2,context=4"])
+def test_a_gather_in_two_stages_keeps_the_order(mesh, monkeypatch):
+    monkeypatch.setattr("sharding.shards.WHOLE", 4)
+    shards = shards_of(mesh)
+    x = jnp.arange(3 * 16 * 2).reshape(3, 16, 2)
+    parts = P(None, "context")
+    joined = jax.shard_map(
+        lambda x: shards.join(x, "context", 1),
+        mesh=shards.mesh,
+        in_specs=parts,
+        out_specs=P(),
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(joined)(x), x)

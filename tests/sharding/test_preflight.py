@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from dsv4_jax import presets
@@ -49,6 +50,27 @@ def test_explain_lists_every_parameter(capsys):
     assert "25.920 GiB of weights on each device" in out.out
 
 
+def test_explain_lists_what_training_keeps(capsys):
+    train = (*TRAIN, "--mesh", "fsdp=2,expert=4", "--batch", "8")
+    code, out = run(capsys, *train, "--explain", "--json")
+    assert code == 0
+    rows = json.loads(out.out)
+    experts = next(row for row in rows if row["name"].endswith("experts/w1"))
+    assert experts["dtype"] == "float32" and experts["slots"] == ["momentum"]
+    assert experts["device_bytes"] * 8 == experts["total_bytes"]
+    assert experts["slot_bytes"] == experts["device_bytes"]
+    embed = next(row for row in rows if row["name"] == "top: embed")
+    assert embed["slots"] == ["mu", "nu"] and embed["slot_bytes"] == 2 * embed["device_bytes"]
+    code, out = run(capsys, *train, "--estimate", "--json")
+    found = json.loads(out.out)
+    assert code == 0 and found["fits"] and found["floor"]["compute"] > 0
+    assert found["weights"] == sum(row["device_bytes"] for row in rows)
+    assert found["slots"] == sum(row["slot_bytes"] for row in rows)
+    for how in ("--explain", "--estimate"):
+        code, out = run(capsys, *train, how)
+        assert code == 0 and "of slots on each device" in out.out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -66,7 +88,7 @@ def test_explain_lists_every_parameter(capsys):
         (["--model", "tiny", "--program", "train"], "--program train needs --mesh"),
         (TRAIN + ["--mesh", "tensor=8"], "does not divide into 8 parts (axes tensor)"),
         (TRAIN + ["--mesh", "fsdp=8", "--micro-rows", "0"], "--micro-rows 0 must be positive"),
-        (TRAIN + ["--mesh", "fsdp=8", "--estimate"], "know decode and prefill"),
+        (TRAIN + ["--mesh", "fsdp=4", "--explain"], "has 4 devices, v6e:2x4 has 8"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(args, message, capsys):
@@ -104,11 +126,18 @@ HLO = """HloModule step
   ROOT %h = f32[16,64]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}
 }, execution_thread="sparsecore"
 
+%all-reduce-scatter.1 (b: f32[8,64]) -> f32[1,64] {
+  %b = f32[8,64]{1,0} parameter(0)
+  %sum = f32[8,64]{1,0} all-reduce(%b), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %mine = f32[1,64]{1,0} dynamic-slice(%sum, %i, %i), dynamic_slice_sizes={1,64}
+}
+
 ENTRY %main (a: f32[8,64]) -> f32[8,64] {
   %a = f32[8,64]{1,0} parameter(0)
   %g = f32[64,64]{1,0} all-gather(%a), replica_groups=[1,8]<=[8], dimensions={0}
   %c = f32[16,64]{1,0} custom-call(%a), custom_call_target="?", called_computations={%offloaded}
   %w = (s32[], f32[8,64]{1,0}) while(%t), condition=%cond, body=%body
+  %f = f32[1,64]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %o = f32[8,64]{1,0} get-tuple-element(%w), index=1
 }
 """
@@ -117,7 +146,8 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
 def test_collectives_count_as_often_as_they_run():
     sent = measure.collectives(HLO)
     gathered = 64 * 64 * 4 * 7 // 8 + 16 * 64 * 4 // 2
-    assert sent == {"all-gather": gathered, "all-reduce": 10 * 2 * 3 * 8 * 64}
+    summed = {"all-reduce": 10 * 2 * 3 * 8 * 64, "reduce-scatter": 7 * 64 * 4}
+    assert sent == {"all-gather": gathered} | summed
 
 
 def test_the_formula_grows_with_the_group():
@@ -150,6 +180,25 @@ def test_slices_lie_along_the_outer_axes():
         make_mesh(MeshShape(expert=8), devices)
     with pytest.raises(ValueError, match="'v6e:3x5' does not exist"):
         topology_devices("v6e:3x5")
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_gather_over_a_whole_slice_sends_each_part_once():
+    aot.prepare_environment()
+    shards = Shards(make_mesh(MeshShape(context=64), topology_devices("v5p:4x4x4")))
+    parts = jax.sharding.PartitionSpec("context")
+    run = jax.shard_map(
+        lambda x: shards.join(x, "context", 0),
+        mesh=shards.mesh,
+        in_specs=parts,
+        out_specs=jax.sharding.PartitionSpec(),
+        check_vma=False,
+    )
+    at = jax.NamedSharding(shards.mesh, parts)
+    rows = jax.ShapeDtypeStruct((1 << 18, 128), jax.numpy.int8, sharding=at)
+    _, text = aot.compile_with_text(jax.jit(run).lower(rows))
+    assert measure.collectives(text) == {"all-gather": (1 << 25) * 63 // 64}
 
 
 @pytest.mark.tpu
