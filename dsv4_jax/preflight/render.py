@@ -11,6 +11,7 @@ from dsv4_jax.preflight.compile import Report
 from sharding.shards import Shards
 
 COLOURS = ("#3b6fb6", "#4fa37a", "#b9a13c", "#c4704b", "#7c6bb0", "#888888")
+HEAD = ("parameter", "dims", "shape", "dtype", "placement", "MiB/device", "of MiB")
 WIDTH, HEIGHT = 640, 26
 
 
@@ -59,9 +60,8 @@ def text(report: Report) -> str:
 def placements(cfg: ModelConfig, shards: Shards) -> str:
     """Every parameter: its dimensions, where they go, bytes on each device."""
     rows = list(explain(cfg, shards))
-    head = ("parameter", "dims", "shape", "dtype", "placement", "MiB/device", "of MiB")
     total = sum(row.device_bytes for row in rows)
-    lines = columns([head, *(cells(row) for row in rows)])
+    lines = columns([HEAD, *(cells(row) for row in rows)])
     return f"{lines}\n{total / 2**30:.3f} GiB of weights on each device"
 
 

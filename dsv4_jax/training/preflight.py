@@ -21,7 +21,7 @@ from dsv4_jax.preflight import compile as compiler
 from dsv4_jax.preflight import slices
 from dsv4_jax.preflight.compile import Report
 from dsv4_jax.preflight.programs import Program as Compiled
-from dsv4_jax.preflight.render import cells, columns
+from dsv4_jax.preflight.render import HEAD, cells, columns
 from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.halo import check_length
 from dsv4_jax.training.init import InitConfig, init_params
@@ -39,9 +39,6 @@ from sharding.shards import Shards
 
 OPTIMIZER = OptimizerConfig(ns_dtype="bfloat16")
 PASSES = 3  # forwards once, backwards twice as much; what is computed again is a choice
-
-
-HEAD = "parameter dims shape dtype placement MiB/device of_MiB slots slots_MiB/device"
 
 
 class TrainSizes(NamedTuple):
@@ -207,7 +204,7 @@ def explain(cfg: ModelConfig, shards: Shards) -> Iterator[StateRow]:
 def placements(rows: list[StateRow]) -> str:
     """A table of `explain`."""
     lines = [(*cells(r.weight), "+".join(r.slots), f"{r.slot_bytes / 2**20:,.3f}") for r in rows]
-    head = tuple(name.replace("_", " ") for name in HEAD.split())
+    head = (*HEAD, "slots", "slots MiB/device")
     weights, slots = state_bytes(rows)
     return (
         f"{columns([head, *lines])}\n{weights / 2**30:.3f} GiB of weights and "
