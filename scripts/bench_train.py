@@ -1,15 +1,17 @@
 """Loss and gradients per CPU-second on one core, beside transformers in the same run.
 
-python scripts/bench_train.py --peer PYTHON [--batch 2] [--length 512]
+python scripts/bench_train.py --peer PYTHON [--batch 2] [--length 512] [--turns 3]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "data" / "bench_config.json"
@@ -30,14 +32,24 @@ def main(argv: list[str] | None = None) -> int:
     ap.add_argument("--batch", type=int, default=2, metavar="B")
     ap.add_argument("--length", type=int, default=512, metavar="N")
     ap.add_argument("--peer", metavar="PYTHON", help="has torch and transformers")
+    turns = "of each, one after the other; the ratio is the median of theirs; default: 3"
+    ap.add_argument("--turns", type=int, default=3, metavar="N", help=turns)
     args = ap.parse_args(argv)
+    if args.turns < 1:
+        ap.error(f"--turns {args.turns}: must be at least 1")
     case = [args.config, str(args.batch), str(args.length)]
-    found = {"ours": measure([sys.executable, "-m", "dsv4_jax.training.bench", *case])}
+    commands = {"ours": [sys.executable, "-m", "dsv4_jax.training.bench", *case]}
     if args.peer:
         peer = str(ROOT / "dsv4_jax" / "training" / "bench_peer.py")
-        found["transformers"] = measure([args.peer, peer, *case])
-        ratio = found["ours"]["tokens_per_cpu_s"] / found["transformers"]["tokens_per_cpu_s"]
-        found["ratio"] = {"tokens_per_cpu_s": ratio}
+        commands["transformers"] = [args.peer, peer, *case]
+    found: dict[str, Any] = {name: [] for name in commands}
+    for _ in range(args.turns):
+        for name, command in commands.items():
+            found[name].append(measure(command))
+    if args.peer:
+        pairs = zip(found["ours"], found["transformers"], strict=True)
+        ratios = [ours["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"] for ours, theirs in pairs]
+        found["ratio"] = {"median": statistics.median(ratios), "turns": ratios}
     print(json.dumps(found, indent=2))
     return 0
 
