@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,14 @@ CONFIG = ROOT / "tests" / "data" / "bench_config.json"
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """What a child process prints last."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    """What a child process prints last.
+
+    Raises:
+        ValueError: it failed; what it said is on standard error.
+    """
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -35,18 +42,30 @@ def main(argv: list[str] | None = None) -> int:
     turns = "of each, one after the other; the ratio is the median of theirs; default: 3"
     ap.add_argument("--turns", type=int, default=3, metavar="N", help=turns)
     args = ap.parse_args(argv)
-    if args.turns < 1:
-        ap.error(f"--turns {args.turns}: must be at least 1")
-    case = [args.config, str(args.batch), str(args.length)]
+    for name in ("batch", "length", "turns"):
+        if getattr(args, name) < 1:
+            ap.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not Path(args.config).is_file():
+        ap.error(f"--config {args.config}: no such file")
+    program = shutil.which(args.peer or "")
+    if args.peer and not program:
+        ap.error(f"--peer {args.peer}: no such program")
+    case = [str(Path(args.config).resolve()), str(args.batch), str(args.length)]
     commands = {"ours": [sys.executable, "-m", "dsv4_jax.training.bench", *case]}
-    if args.peer:
+    if program:
         peer = str(ROOT / "dsv4_jax" / "training" / "bench_peer.py")
-        commands["transformers"] = [args.peer, peer, *case]
+        commands["transformers"] = [str(Path(program).absolute()), peer, *case]
     found: dict[str, Any] = {name: [] for name in commands}
-    for _ in range(args.turns):
-        for name, command in commands.items():
-            found[name].append(measure(command))
-    if args.peer:
+    try:
+        for _ in range(args.turns):
+            for name, command in commands.items():
+                found[name].append(measure(command))
+    except ValueError as error:
+        print(f"bench_train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if program:
         pairs = zip(found["ours"], found["transformers"], strict=True)
         ratios = [ours["tokens_per_cpu_s"] / theirs["tokens_per_cpu_s"] for ours, theirs in pairs]
         found["ratio"] = {"median": statistics.median(ratios), "turns": ratios}
