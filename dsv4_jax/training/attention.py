@@ -65,15 +65,9 @@ def attention(
     weights: dict[str, Any], x_BTD: Array, layout: Layout, ratio: int, program: Program
 ) -> tuple[Array, IndexTerms]:
     """Output `[B, T, D]` of one attention layer, and what its indexer has to learn from."""
-    cfg, num, w, precision = program.cfg, program.num, weights, program.precision
+    cfg, w, precision = program.cfg, weights, program.precision
     turn = layout.rope_rows if ratio else layout.rope_window
-    low_BTQ = dense(x_BTD, w["wq_a"], precision)
-    latent_BTQ = rms_norm(low_BTQ, w["q_norm"], cfg.norm_eps, num)
-    q_BTx = dense(latent_BTQ, w["wq_b"], precision)
-    q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], cfg.num_heads, cfg.head_dim)
-    q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
-    kv_BTH = rms_norm(dense(x_BTD, w["wkv"], precision), w["kv_norm"], cfg.norm_eps, num)
-    kv_BTH = round_kv(rotate(kv_BTH, turn, num), cfg.rope_dim, precision)
+    latent_BTQ, q_BTNH, kv_BTH = project_in(w, x_BTD, turn, program)
     memory = None
     if ratio:
         near_BSD = _with_left(x_BTD, rows_before(program.shards, ratio), program)
@@ -86,8 +80,22 @@ def attention(
             memory = memory._replace(keys_BCJ=round_index(keys_BCJ, precision))
             memory = _with_queries(w["indexer"], x_BTD, latent_BTQ, memory, turn, program)
     out_BTNH, terms = attend(q_BTNH, kv_BTH, w["sink"], memory, layout, program)
-    out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
-    return _project(w, out_BTNH, program), terms
+    return project_out(w, out_BTNH, turn, program), terms
+
+
+def project_in(
+    w: dict[str, Any], x_BTD: Array, turn: Rotation, program: Program
+) -> tuple[Array, Array, Array]:
+    """The query's latent `[B, T, Q]`, queries `[B, T, N, H]` and rows `[B, T, H]`, rotated."""
+    cfg, num, precision = program.cfg, program.num, program.precision
+    low_BTQ = dense(x_BTD, w["wq_a"], precision)
+    latent_BTQ = rms_norm(low_BTQ, w["q_norm"], cfg.norm_eps, num)
+    q_BTx = dense(latent_BTQ, w["wq_b"], precision)
+    q_BTNH = q_BTx.reshape(*q_BTx.shape[:2], cfg.num_heads, cfg.head_dim)
+    q_BTNH = rotate(head_norm(q_BTNH, cfg.norm_eps, num), per_head(turn), num)
+    kv_BTH = rms_norm(dense(x_BTD, w["wkv"], precision), w["kv_norm"], cfg.norm_eps, num)
+    kv_BTH = round_kv(rotate(kv_BTH, turn, num), cfg.rope_dim, precision)
+    return latent_BTQ, q_BTNH, kv_BTH
 
 
 def _with_left(x: Array, rows: int, program: Program) -> Array:
@@ -122,9 +130,10 @@ def _with_queries(
     return memory._replace(index_q_BTIJ=q_BTIJ, index_w_BTI=w_BTI)
 
 
-def _project(w: dict[str, Any], out_BTNH: Array, program: Program) -> Array:
-    """Grouped low-rank output; the first product never sees rounded activations."""
+def project_out(w: dict[str, Any], out_BTNH: Array, turn: Rotation, program: Program) -> Array:
+    """Turned back, then the grouped low-rank output; its first product sees nothing rounded."""
     cfg, num = program.cfg, program.num
+    out_BTNH = rotate(out_BTNH, per_head(turn), num, inverse=True)
     out_BTGg = out_BTNH.reshape(*out_BTNH.shape[:2], cfg.o_groups, cfg.group_dim)
     wo_a_GOg = w["wo_a"].astype(num.jnp_dtype).reshape(cfg.o_groups, cfg.o_rank, cfg.group_dim)
     low = [_rows_times(out_BTGg[:, :, g], wo_a_GOg[g]) for g in range(cfg.o_groups)]
@@ -153,6 +162,7 @@ class _Part(NamedTuple):
     index_q_BtIJ: Array | None
     index_w_BtI: Array | None
     real_Bt: Array
+    recent_BntRH: Array | None
 
 
 def attend(
@@ -162,8 +172,13 @@ def attend(
     memory: Memory | None,
     layout: Layout,
     program: Program,
+    recent_BTRH: Array | None = None,
 ) -> tuple[Array, IndexTerms]:
-    """Attention output `[B, T, N, H]`, still rotated, and the indexer's terms."""
+    """Attention output `[B, T, N, H]`, still rotated, and the indexer's terms.
+
+    recent_BTRH: rows that each query sees in place of the newest R of `kv_BTH`, its own among them;
+    of layers with a window only.
+    """
     cfg = program.cfg
     rows, length = q_BTNH.shape[:2]
     tile = min(max(MIN_TILE, min(cfg.window, MAX_TILE)), length)
@@ -173,7 +188,8 @@ def attend(
     tiles = -(-length // tile)
     slices = -(-tiles // per)
     per = -(-tiles // slices)
-    parts = _cut(q_BTNH, kv_BTH, memory, layout, program, (tile, behind, per, slices))
+    sizes = (tile, behind, per, slices)
+    parts = _cut(q_BTNH, kv_BTH, memory, layout, program, sizes, recent_BTRH)
     attend_part = partial(_attend_part, sink_N=sink_N, memory=memory, program=program)
     if slices == 1:
         out, terms = attend_part(jax.tree.map(lambda a: a[0], parts))
@@ -195,6 +211,7 @@ def _cut(
     layout: Layout,
     program: Program,
     sizes: tuple[int, int, int, int],
+    recent_BTRH: Array | None,
 ) -> _Part:
     """All slices, stacked along a new first dimension."""
     tile, behind, per, slices = sizes
@@ -227,7 +244,8 @@ def _cut(
     # -2: nothing in front of the row; padding sees padding, so that no softmax is empty
     left_BS = own_part(shards, layout.whole.segment_BT, length, halo, -2)[:, :halo]
     near_BntS = segment_Bnt[..., None] == with_history(segment_Bnt, left_BS, -2)[:, :, None]
-    near_BntS &= ((ago_tS >= 0) & (ago_tS < window))[None, None]
+    replaced = 0 if recent_BTRH is None else recent_BTRH.shape[2]
+    near_BntS &= ((ago_tS >= replaced) & (ago_tS < window))[None, None]
     return _Part(
         sliced(tiled(q_BTNH)),
         sliced(with_history(tiled(kv_BTH), from_left(shards, kv_BTH, halo))),
@@ -236,6 +254,7 @@ def _cut(
         queries(memory.index_q_BTIJ) if memory and memory.index_q_BTIJ is not None else None,
         queries(memory.index_w_BTI) if memory and memory.index_w_BTI is not None else None,
         queries(batch.segment_BT > 0),
+        None if recent_BTRH is None else sliced(tiled(recent_BTRH)),
     )
 
 
@@ -255,6 +274,14 @@ def _attend_part(
     near = jnp.where(part.near_BntS[:, :, :, None], near, NO_SCORE)
     peak = lax.stop_gradient(near.max(axis=-1, keepdims=True))
     sink_N1 = sink_N.astype(jnp.float32).reshape(1, 1, 1, -1, 1)
+    if part.recent_BntRH is not None:
+        newest = _einsum("BntNH,BntRH->BntNR", q_BntNH, part.recent_BntRH) * scale
+        peak = jnp.maximum(peak, lax.stop_gradient(newest.max(axis=-1, keepdims=True)))
+        near, newest = jnp.exp(near - peak), jnp.exp(newest - peak)
+        total = near.sum(axis=-1, keepdims=True) + newest.sum(axis=-1, keepdims=True)
+        out = _einsum("BntNS,BnSH->BntNH", num.cast(near), part.kv_BnSH)
+        out = out + _einsum("BntNR,BntRH->BntNH", num.cast(newest), part.recent_BntRH)
+        return num.cast(out / (total + jnp.exp(sink_N1 - peak))), no_terms()
     if memory is None:
         near = jnp.exp(near - peak)
         total = near.sum(axis=-1, keepdims=True) + jnp.exp(sink_N1 - peak)

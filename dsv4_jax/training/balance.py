@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.training.leaves import Place, map_places
+from dsv4_jax.training.leaves import SIDES, Place, map_places
 
 
-def move_biases(cfg: ModelConfig, params: Any, loads: Any, speed: Array) -> Any:
+def move_biases(cfg: ModelConfig, params: Any, loads: Any, speed: Array, learn: str = "all") -> Any:
     """Parameters with every router bias moved by `speed` · sign(mean load − load).
 
     loads: per group and pattern offset, and per MTP block, int32 `[…, E]`: the rows that the whole
     global batch sent to each expert. They are summed before the sign is taken, so neither
-    accumulation nor sharding changes a bit. An MTP block that did not run leaves its bias alone.
+    accumulation nor sharding changes a bit. An MTP block that did not run leaves its bias alone, as
+    does what does not learn (see `SIDES`).
     """
 
     def rule(place: Place, leaf: Array) -> Array:
-        if place.spec.dims != "e":
+        if place.spec.dims != "e" or place.side not in SIDES[learn]:
             return leaf
         if place.path[0] == "mtp":
             found = loads["mtp"]

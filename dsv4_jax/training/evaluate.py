@@ -41,9 +41,9 @@ def scorer(program: Program) -> Callable[[Any, Batch], Scores]:
             return token_losses(y_BTD.reshape(-1, width), head_VD, target_U).reshape(shape)
 
         found = {"loss": losses(hidden.y_BTD, 1)}
-        if hidden.mtp_BTD is not None:
-            found["mtp"] = losses(hidden.mtp_BTD, 2)
-            drafted = model.output_head(hidden.mtp_BTD, head).argmax(-1)
+        if hidden.drafts:
+            found["mtp"] = losses(hidden.drafts[0], 2)
+            drafted = model.output_head(hidden.drafts[0], head).argmax(-1)
             found["agrees"] = drafted == ahead(model.output_head(hidden.y_BTD, head).argmax(-1), 1)
         return found
 

@@ -11,17 +11,17 @@ from jax import Array, lax
 from dsv4_jax.mhc import HyperHead
 from dsv4_jax.model import is_scanned
 from dsv4_jax.norm import rms_norm
-from dsv4_jax.params import block_specs, mtp_specs
+from dsv4_jax.params import block_specs
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import Group, LayerKind, layer_groups
+from dsv4_jax.training import drafts
 from dsv4_jax.training.attention import Layout, attention
-from dsv4_jax.training.batch import Batch, ahead
+from dsv4_jax.training.batch import Batch
 from dsv4_jax.training.experts import RouterTerms, moe
 from dsv4_jax.training.halo import own_part, rows_before, whole_rows
 from dsv4_jax.training.hyper import feed, spread
-from dsv4_jax.training.index_loss import IndexTerms
+from dsv4_jax.training.index_loss import IndexTerms, no_terms
 from dsv4_jax.training.joined import join
-from dsv4_jax.training.precision import dense
 from dsv4_jax.training.program import Program
 from dsv4_jax.training.windows import extent, find_windows
 
@@ -36,15 +36,15 @@ class LayerTerms(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """y_BTD: in front of the output head, normed. mtp_BTD: the same of the MTP block, whose row t
-    predicts token t + 2; None where it does not run.
+    """y_BTD: in front of the output head, normed. drafts: the same of the MTP block, once for every
+    time it runs; row t predicts token t + 2, see `drafts.run`.
     terms: per group and pattern offset the layers' terms, stacked where the group repeats.
-    mtp_terms: of the MTP block."""
+    mtp_terms: of the MTP block, once for every time it runs."""
 
     y_BTD: Array
-    mtp_BTD: Array | None
+    drafts: list[Array]
     terms: list[list[LayerTerms]]
-    mtp_terms: LayerTerms | None
+    mtp_terms: list[LayerTerms]
 
 
 def forward(program: Program, params: Params, batch: Batch, routes: Any = None) -> Hidden:
@@ -68,9 +68,10 @@ def forward(program: Program, params: Params, batch: Batch, routes: Any = None) 
     y_BTD: Any = HyperHead(cfg, num).apply({"params": top["hc_head"]}, h_BTMD)
     y_BTD = rms_norm(y_BTD, top["norm"], cfg.norm_eps, num)
     if not program.mtp:
-        return Hidden(y_BTD, None, terms, None)
-    mtp_BTD, mtp_terms = _mtp(program, params, h_BTMD, layout)
-    return Hidden(y_BTD, mtp_BTD, terms, mtp_terms)
+        return Hidden(y_BTD, [], terms, [])
+    found = drafts.run(program, params, h_BTMD, layout)
+    mtp_terms = [LayerTerms(router, no_terms()) for _, router in found]
+    return Hidden(y_BTD, [y_BTD for y_BTD, _ in found], terms, mtp_terms)
 
 
 def _layout(program: Program, batch: Batch) -> Layout:
@@ -129,32 +130,3 @@ def block(
     x_BTD, mix = feed(program, w["hc_ffn"], w["ffn_norm"], h_BTMD)
     f_BTD, router = moe(w["ffn"], x_BTD, layout.batch, program, given_BTA)
     return spread(program, f_BTD, h_BTMD, mix), LayerTerms(router, index)
-
-
-def _mtp(
-    program: Program, params: Params, h_BTMD: Array, layout: Layout
-) -> tuple[Array, LayerTerms]:
-    """The MTP block: streams of token t and the embedding of token t + 1, at position t.
-
-    A document's last token has no next one: here it is padding, so that the embedding of its
-    neighbour is not routed, counted or balanced.
-    """
-    cfg, num, shards = program.cfg, program.num, program.shards
-    w = join(program, mtp_specs(cfg), params["mtp"][0])
-    embed_VD = params["top"]["embed"]
-    if program.objective is not None:  # what it learns then is its own affair
-        h_BTMD, embed_VD = lax.stop_gradient((h_BTMD, embed_VD))
-    whole, length = layout.whole, layout.batch.tokens_BT.shape[1]
-    next_BT = own_part(shards, ahead(whole.tokens_BT, 1), length)
-    inside_BT = ahead(whole.segment_BT, 1) == whole.segment_BT
-    whole = whole._replace(segment_BT=jnp.where(inside_BT, whole.segment_BT, 0))
-    inner = jax.tree.map(lambda x: own_part(shards, x, length), whole)
-    layout = layout._replace(batch=inner, whole=whole)
-    e_BTD = rms_norm(num.cast(embed_VD[next_BT]), w["enorm"], cfg.norm_eps, num)
-    e_BTD = dense(e_BTD, w["e_proj"], program.precision)
-    s_BTMD = rms_norm(h_BTMD, w["hnorm"], cfg.norm_eps, num)
-    s_BTMD = dense(s_BTMD, w["h_proj"], program.precision)
-    x_BTMD = num.cast(e_BTD.astype(jnp.float32)[:, :, None] + s_BTMD.astype(jnp.float32))
-    x_BTMD, terms = block(program, LayerKind(0, False), w, x_BTMD, layout)
-    y_BTD: Any = HyperHead(cfg, num).apply({"params": w["hc_head"]}, x_BTMD)
-    return rms_norm(y_BTD, w["norm"], cfg.norm_eps, num), terms

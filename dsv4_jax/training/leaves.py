@@ -10,6 +10,14 @@ from dsv4_jax.model import is_scanned
 from dsv4_jax.params import ParamSpec, unit_specs
 from dsv4_jax.schedule import layer_groups
 
+# Which sides of the model learn, by the `learn` of a phase.
+SIDES = {
+    "trunk": ("trunk", "mtp"),
+    "indexer": ("indexer",),
+    "mtp": ("mtp",),
+    "all": ("trunk", "indexer", "mtp"),
+}
+
 
 class Place(NamedTuple):
     """A leaf: its path in the grouped tree, its name inside its unit, and its spec.
@@ -28,6 +36,13 @@ class Place(NamedTuple):
     def is_index(self) -> bool:
         """Whether it belongs to an indexer."""
         return "indexer" in self.name
+
+    @property
+    def side(self) -> str:
+        """What it learns with: "indexer", "mtp" (of an MTP block) or "trunk"."""
+        if self.is_index:
+            return "indexer"
+        return "mtp" if self.path[0] == "mtp" else "trunk"
 
 
 def spec_tree(cfg: ModelConfig, scan: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -46,8 +46,8 @@ class Weights(NamedTuple):
 class Metrics(NamedTuple):
     """Losses of the whole batch, summed over microbatches: float32 scalars.
 
-    loss: of the next token in nats, or the objective of post-training; mtp, balance (mean of
-    layers), indexer (mean of layers, KL).
+    loss: of the next token in nats, or the objective of post-training; 0 where it is not computed.
+    mtp (mean of drafts), balance (mean of layers), indexer (mean of layers, KL).
     index_uniform: KL of equal shares in its place. hits, wanted: see `IndexTerms`.
     kl, clipped, masked: of GRPO, see `PolicyTerms`; else 0.
     """
@@ -98,8 +98,7 @@ def objective(
     params = join_top(program, params)
     hidden = forward(program, params, batch._replace(rollout=None), routes)
     terms = [t for group in hidden.terms for t in group]
-    if hidden.mtp_terms is not None:
-        terms = [*terms, hidden.mtp_terms]
+    balanced = hidden.mtp_terms if program.mtp_only else [*terms, *hidden.mtp_terms]
     index = _index_sum(terms)
     num_index = max(sum(ratio == CSA for ratio in program.cfg.compress_ratios), 1)
     queries = jnp.maximum(counts.queries, 1.0)
@@ -108,7 +107,7 @@ def objective(
     policy = PolicyTerms(zero, zero, zero, zero)
     if not program.index_only:
         policy, mtp = _token_losses(program, counts, params, batch, hidden, others)
-        balance = sum((t.router.balance.sum() for t in terms), zero)
+        balance = sum((t.router.balance.sum() for t in balanced), zero)
         balance = balance / jnp.maximum(counts.tokens, 1.0)
         total = policy.loss + weights.mtp * mtp + weights.balance * balance
     if program.index_loss:
@@ -127,7 +126,7 @@ def objective(
     )
     loads = {
         "groups": [[t.router.count_E for t in group] for group in hidden.terms],
-        "mtp": [hidden.mtp_terms.router.count_E] if hidden.mtp_terms is not None else [],
+        "mtp": [sum(t.router.count_E for t in hidden.mtp_terms)] if hidden.mtp_terms else [],
     }
     chosen = [[t.router.experts_BTA for t in group] for group in hidden.terms]
     return total, Aux(jax.lax.stop_gradient(metrics), loads, chosen)
@@ -141,25 +140,31 @@ def _token_losses(
     hidden: Hidden,
     others: Sequence[Any],
 ) -> tuple[PolicyTerms, Array]:
-    """What is learnt from text, and the MTP block's cross-entropy."""
+    """What is learnt from text, and the MTP block's cross-entropy: the mean of its drafts'."""
     head_VD, zero = params["top"]["head"], jnp.zeros((), jnp.float32)
 
-    def loss(y_BTD: Array, head_VD: Array, steps: int, total: Array) -> Array:
+    def loss(y_BTD: Array, head_VD: Array, steps: int, total: Array, behind: int = 0) -> Array:
+        """Mean over `total` targets; of a document's first `behind` tokens nothing is learnt."""
         target_BT, learnt_BT = targets(program.shards, batch, steps)
+        learnt_BT = learnt_BT & (batch.position_BT >= behind)
         weight_U = learnt_BT.reshape(-1) / jnp.maximum(total, 1.0)
         y_UD = y_BTD.reshape(-1, y_BTD.shape[-1])
         return cross_entropy(y_UD, head_VD, target_BT.reshape(-1), weight_U)
 
-    if program.objective is None:
-        main = loss(hidden.y_BTD, head_VD, 1, counts.targets)
-        policy = PolicyTerms(main, zero, zero, zero)
+    policy = PolicyTerms(zero, zero, zero, zero)
+    if program.mtp_only:
+        head_VD = jax.lax.stop_gradient(head_VD)
+    elif program.objective is None:
+        policy = policy._replace(loss=loss(hidden.y_BTD, head_VD, 1, counts.targets))
     else:
         rows = (counts.sequences, head_VD, batch, hidden.y_BTD)
         policy = policy_loss(program, *rows, others)
         head_VD = jax.lax.stop_gradient(head_VD)
-    if hidden.mtp_BTD is None:
-        return policy, zero
-    return policy, loss(hidden.mtp_BTD, head_VD, 2, counts.mtp_targets)
+    found = [
+        loss(y_BTD, head_VD, 2, counts.mtp_targets, behind)
+        for behind, y_BTD in enumerate(hidden.drafts)
+    ]
+    return policy, sum(found, zero) / max(len(found), 1)
 
 
 def _index_sum(terms: list[LayerTerms]) -> IndexTerms:

@@ -14,13 +14,12 @@ from optax.contrib import MuonDimensionNumbers
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import is_scanned
 from dsv4_jax.placement import param_specs
-from dsv4_jax.training.leaves import Place, map_places
+from dsv4_jax.training.leaves import SIDES, Place, map_places
 from dsv4_jax.training.muon import UPDATE_RMS, scale_by_muon
 from dsv4_jax.training.owners import orthogonalise_owned
 from dsv4_jax.training.partition import is_view, view, views
 from sharding.shards import SINGLE, Shards
 
-LEARN = ("trunk", "indexer", "all")
 MATRICES = ("muon", "adamw", "optax_muon")
 
 
@@ -75,14 +74,13 @@ def make_optimizer(
 
     The state has one structure whatever learns: what is frozen keeps its slots untouched.
 
-    learn: "all", "trunk" (everything but indexers) or "indexer". shards: the mesh that parameters
-    lie on.
+    learn: whose sides move, see `SIDES`. shards: the mesh that parameters lie on.
 
     Raises:
         ValueError: `learn` is none of these.
     """
-    if learn not in LEARN:
-        raise ValueError(f"learn={learn!r} must be one of {LEARN}")
+    if learn not in SIDES:
+        raise ValueError(f"learn={learn!r} must be one of {tuple(SIDES)}")
     decay = optax.add_decayed_weights(opt.decay)
     muon = _muon(opt, cfg, params, shards)
     if opt.matrices == "optax_muon":
@@ -92,15 +90,16 @@ def make_optimizer(
     if opt.vector_decay is not None:
         rules["vectors"] = optax.chain(adam, optax.add_decayed_weights(opt.vector_decay))
     transforms: dict[Any, Any] = {"none": optax.set_to_zero()}
-    for side in ("trunk", "indexer"):
-        for name, rule in rules.items():
-            transforms[f"{side} {name}"] = rule if learn in ("all", side) else frozen(rule)
+    for name, rule in rules.items():
+        trunk = {"indexer": frozen, "mtp": of_mtp}.get(learn, lambda rule: rule)(rule)
+        transforms[f"trunk {name}"] = trunk
+        transforms[f"indexer {name}"] = rule if "indexer" in SIDES[learn] else frozen(rule)
 
     def label(place: Place, _: Array) -> str:
         group = view(place, cfg).group
         if group == "none":
             return group
-        side = "indexer" if place.is_index else "trunk"
+        side = "indexer" if place.is_index else "trunk"  # with the MTP block: stacks are fuller
         if "vectors" in rules and len(place.spec.dims) == 1:
             return f"{side} vectors"
         return f"{side} {'adamw' if opt.matrices == 'adamw' else group}"
@@ -148,6 +147,27 @@ def frozen(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(rule.init, update)  # type: ignore[arg-type]
 
 
+def of_mtp(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The rule for MTP blocks, moving nothing else; other slots stay, but for Adam's count."""
+
+    def parts(path: tuple[Any, ...]) -> set[Any]:
+        return {getattr(key, "key", None) for key in path}
+
+    def cut(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: optax.MaskedNode() if parts(path) & {"top", "groups"} else x, tree
+        )
+
+    def joined(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: a if isinstance(b, optax.MaskedNode) else b, old, new)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = rule.update(cut(grads), cut(state), cut(params))
+        return joined(jax.tree.map(jnp.zeros_like, grads), updates), joined(state, new)
+
+    return optax.GradientTransformation(rule.init, update)  # type: ignore[arg-type]
+
+
 class Norms(NamedTuple):
     """Global norms of the gradient before clipping."""
 
@@ -163,12 +183,13 @@ def clip(grads: Any, cfg: ModelConfig, bound: float, learn: str) -> tuple[Any, N
 
     sides = jax.tree.leaves(map_places(side_of, cfg, grads))
     leaves, treedef = jax.tree.flatten(grads)
+    learns = {"trunk": learn != "indexer", "indexer": "indexer" in SIDES[learn]}
     norms, scales = {}, {}
     for side in ("trunk", "indexer"):
         squares = [
             jnp.sum(jnp.square(g))
             for g, s in zip(leaves, sides, strict=True)
-            if s == side and learn in ("all", side) and jnp.issubdtype(g.dtype, jnp.floating)
+            if s == side and learns[side] and jnp.issubdtype(g.dtype, jnp.floating)
         ]
         norms[side] = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
         scales[side] = jnp.minimum(1.0, bound / jnp.maximum(norms[side], 1e-30)) if bound else 1.0

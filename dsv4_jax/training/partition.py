@@ -88,14 +88,3 @@ def split(leaf: Array, how: View) -> list[Array]:
 def join(parts: list[Array], shape: tuple[int, ...]) -> Array:
     """The inverse of `split` for a leaf of this shape."""
     return jnp.concatenate(parts, axis=1).reshape(shape)
-
-
-def is_trainable(cfg: ModelConfig, params: Any, index_only: bool, index_too: bool) -> Any:
-    """Booleans: which leaves learn in a phase. Routing state never does."""
-
-    def rule(place: Place, _: Array) -> bool:
-        if view(place, cfg).group == "none":
-            return False
-        return place.is_index if index_only else (index_too or not place.is_index)
-
-    return map_places(rule, cfg, params)

@@ -22,7 +22,8 @@ class Program:
     sparse: CSA layers attend to what their indexer selects; else to every visible compressed row.
     index_loss: indexers learn (and run, even where nothing is selected).
     index_only: nothing but indexers learns; other losses are not computed.
-    mtp: the MTP block runs and learns.
+    mtp: the MTP block runs and learns. mtp_only: nothing else does; other losses are not computed.
+    drafts: times that the block runs, each over the streams that it gave before.
     random_index: selections disregard what indexers found (to see what hangs on them).
     objective: what is learnt from text; None: to predict the next token. With another one the MTP
         block goes on learning to predict that text, by itself: nothing else learns from its loss.
@@ -40,6 +41,8 @@ class Program:
     index_loss: bool = True
     index_only: bool = False
     mtp: bool = True
+    mtp_only: bool = False
+    drafts: int = 1
     random_index: bool = False
     objective: Grpo | Distill | None = None
     remat: str = "none"
@@ -52,8 +55,12 @@ class Program:
             raise ValueError("index_only needs index_loss: nothing would learn")
         if self.random_index and (self.index_loss or not self.sparse):
             raise ValueError("random_index is for sparse attention without index_loss")
-        if self.index_only and self.objective is not None:
-            raise ValueError("index_only learns nothing from text: leave objective out")
+        if (self.index_only or self.mtp_only) and self.objective is not None:
+            raise ValueError("index_only and mtp_only learn from no objective: leave it out")
+        if self.drafts < 1:
+            raise ValueError(f"drafts={self.drafts} must be positive")
+        if self.mtp_only and (not self.mtp or self.index_loss):
+            raise ValueError("mtp_only needs mtp, and no index_loss")
         if self.mtp and not self.cfg.num_mtp_layers:
             raise ValueError("mtp needs a model with an MTP block (num_mtp_layers is 0)")
 

@@ -16,6 +16,7 @@ from dsv4_jax.training.distill import Distill
 from dsv4_jax.training.grpo import Grpo
 from dsv4_jax.training.guard import GuardConfig
 from dsv4_jax.training.init import InitConfig
+from dsv4_jax.training.leaves import SIDES
 from dsv4_jax.training.optimizer import OptimizerConfig
 from dsv4_jax.training.precision import Precision
 from dsv4_jax.training.program import Program
@@ -73,6 +74,11 @@ class RunConfig:
                 raise ValueError(
                     f"phase {phase.name!r} reads data {phase.data!r}, which is not given"
                 )
+            needs_mtp = phase.learn == "mtp" or phase.drafts > 1
+            if needs_mtp and not self.model.num_mtp_layers:
+                raise ValueError(
+                    f"phase {phase.name!r}: learn='mtp' and drafts need a model with an MTP block"
+                )
             if phase.seq_len > self.model.max_len:
                 raise ValueError(
                     f"phase {phase.name!r}: seq_len={phase.seq_len} exceeds the model's "
@@ -91,9 +97,9 @@ class RunConfig:
         if self.objective is None:
             return
         for phase in self.phases:
-            if phase.learn == "indexer":
+            if phase.learn in ("indexer", "mtp"):
                 raise ValueError(
-                    f"phase {phase.name!r}: learn='indexer' learns nothing from text: leave "
+                    f"phase {phase.name!r}: learn={phase.learn!r} has a loss of its own: leave "
                     "objective out"
                 )
         if isinstance(self.objective, Grpo) and self.objective.kl and not self.others():
@@ -122,9 +128,11 @@ class RunConfig:
             self.model,
             self.qat if phase.quantise else self.precision,
             sparse=phase.attention == "sparse",
-            index_loss=phase.learn != "trunk",
+            index_loss="indexer" in SIDES[phase.learn],
             index_only=phase.learn == "indexer",
-            mtp=self.model.num_mtp_layers > 0 and phase.learn != "indexer",
+            mtp=self.model.num_mtp_layers > 0 and "mtp" in SIDES[phase.learn],
+            mtp_only=phase.learn == "mtp",
+            drafts=phase.drafts,
             objective=self.objective,
             remat=self.remat,
             shards=shards,

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dsv4_jax.training.leaves import SIDES
+
 ATTENTION = ("dense", "sparse")
-LEARN = ("trunk", "indexer", "all")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Phase:
     tokens: its length. seq_len: tokens of a packed row. rows: rows of a full batch.
     ramp: (rows, tokens) stages in front of the full batch; their tokens count towards `tokens`.
     attention: "dense" (CSA layers see every compressed row) or "sparse".
-    learn: "trunk" (everything but indexers), "indexer" (nothing else; dense distillation), "all".
+    learn: "trunk" (everything but indexers), "indexer" (nothing else; dense distillation), "mtp"
+    (the MTP block alone) or "all".
+    drafts: tokens that the MTP block learns to guess in a row, each from what it gave before.
     data: which packed dataset is read, by name. lr: a constant rate instead of the run's schedule.
     quantise: rounds weights and index keys as they will be exported (the run's `qat`).
     route_ahead: steps between choosing experts and using them; 0: at once.
@@ -37,6 +40,7 @@ class Phase:
     ramp: tuple[tuple[int, int], ...] = ()
     attention: str = "sparse"
     learn: str = "all"
+    drafts: int = 1
     data: str = "train"
     lr: float | None = None
     quantise: bool = False
@@ -44,13 +48,13 @@ class Phase:
 
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
-        for field in ("tokens", "seq_len", "rows"):
+        for field in ("tokens", "seq_len", "rows", "drafts"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{where}: {field}={getattr(self, field)} must be positive")
         if self.attention not in ATTENTION:
             raise ValueError(f"{where}: attention={self.attention!r} must be one of {ATTENTION}")
-        if self.learn not in LEARN:
-            raise ValueError(f"{where}: learn={self.learn!r} must be one of {LEARN}")
+        if self.learn not in SIDES:
+            raise ValueError(f"{where}: learn={self.learn!r} must be one of {tuple(SIDES)}")
         if self.learn == "indexer" and self.attention == "sparse":
             raise ValueError(f"{where}: learn='indexer' distils from attention='dense'")
         if self.learn == "trunk" and self.attention == "sparse":

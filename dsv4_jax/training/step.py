@@ -238,8 +238,7 @@ def update(
     rule = make_optimizer(opt, cfg, params, learn, program.shards)
     updates, opt_state = rule.update(grads, state.opt_state, params)
     moved = jax.tree.map(lambda p, u: (p - knobs.lr * u).astype(p.dtype), params, updates)
-    if learn != "indexer":
-        moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed)
+    moved = move_biases(cfg, moved, aux.loads, knobs.bias_speed, learn)
     norm = jnp.sqrt(norms.trunk**2 + norms.indexer**2)
     m = aux.metrics
     fine = jnp.isfinite(m.loss + m.mtp + m.indexer + norm)

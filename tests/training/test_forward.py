@@ -30,7 +30,7 @@ def logits(program, params, batch):
     def run(params, batch):
         hidden = forward(program, params, batch)
         head = params["top"]["head"]
-        return model.output_head(hidden.y_BTD, head), model.output_head(hidden.mtp_BTD, head)
+        return model.output_head(hidden.y_BTD, head), model.output_head(hidden.drafts[0], head)
 
     return jax.jit(run)(params, batch)
 

@@ -112,7 +112,7 @@ def test_chosen_tokens_are_the_best_logits(tiny):
     head_VD = np.asarray(params["top"]["head"])
     assert np.array_equal(chosen.next_BT, (np.asarray(hidden.y_BTD) @ head_VD.T).argmax(-1))
     assert chosen.draft_BT is not None
-    assert np.array_equal(chosen.draft_BT, (np.asarray(hidden.mtp_BTD) @ head_VD.T).argmax(-1))
+    assert np.array_equal(chosen.draft_BT, (np.asarray(hidden.drafts[0]) @ head_VD.T).argmax(-1))
 
 
 @pytest.mark.slow

@@ -47,9 +47,9 @@ def chooser(program: Program) -> Callable[[Any, Batch], Chosen]:
     def run(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         hidden, head = forward(program, params, batch), params["top"]["head"]
         first = model.output_head(hidden.y_BTD, head).argmax(-1)
-        if hidden.mtp_BTD is None:
+        if not hidden.drafts:
             return first, None
-        return first, model.output_head(hidden.mtp_BTD, head).argmax(-1)
+        return first, model.output_head(hidden.drafts[0], head).argmax(-1)
 
     return lambda params, batch: Chosen(*jax.tree.map(np.asarray, run(params, batch)))
 
