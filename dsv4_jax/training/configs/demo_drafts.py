@@ -12,9 +12,9 @@ from dsv4_jax.training.schedules import Phase, Schedule
 RUN = RunConfig(
     name="demo_drafts",
     model=MODEL,
-    data={"drafts": mix(quiz1k=0.3, tools1k=0.4, drill=0.3)},
+    data={"drafts": mix(middlec=0.55, drillc=0.25, quizc=0.2)},
     phases=(
-        Phase("drafts", 614_400, 1024, 2, learn="mtp", drafts=2, quantise=True, data="drafts"),
+        Phase("drafts", 1_228_800, 512, 4, learn="mtp", drafts=2, quantise=True, data="drafts"),
     ),
     # λ scales the only loss there is
     schedule=Schedule(
@@ -23,6 +23,6 @@ RUN = RunConfig(
     optimizer=OptimizerConfig(vector_decay=0.0),
     micro_rows=2,
     scan=False,
-    checkpoint_every=50,
+    checkpoint_every=100,
     start_from="runs/demo/run",
 )
