@@ -60,8 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from pallas_kernels import aot
+    from sharding.tpu import overlap_messages
 
     aot.prepare_environment()
+    overlap_messages()
     from dsv4_jax.preflight import command
 
     cfg = command.model_config(args.model)

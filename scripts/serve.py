@@ -22,6 +22,7 @@ from dsv4_jax.serving.accelerator import use_cpu_if_alone
 from dsv4_jax.serving.errors import ServerFailed
 from dsv4_jax.serving.options import OPTIONS, most_waiting, reasoning_fields
 from dsv4_jax.serving.settings import UsageError, resolve
+from sharding.tpu import overlap_messages
 
 if TYPE_CHECKING:
     from dsv4_jax.serving.hosts import Follower, Leader
@@ -156,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("dsv4_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates its steps
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
-    use_cpu_if_alone()
+    if not use_cpu_if_alone():
+        overlap_messages()
     try:
         if args.coordinator or args.hosts or args.host_index is not None:
             from sharding.processes import join

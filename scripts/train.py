@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         import jax
 
         from sharding.processes import join
+        from sharding.tpu import overlap_messages
 
+        overlap_messages()
         join(args.coordinator, args.hosts, args.host_index)
         from checkpoints.load import load_checkpoint
         from dsv4_jax.training.loop import Trainer

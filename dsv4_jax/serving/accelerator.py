@@ -11,8 +11,8 @@ DEVICE_FILES = ("accel*", "vfio/[0-9]*")  # of TPUs
 VENDOR = "0x1ae0"  # of TPUs on the PCI bus
 # Whoever sets one of these has an accelerator in mind.
 VARIABLES = ("JAX_PLATFORM", "JAX_FORCE_TPU_INIT", "TPU_", "LIBTPU_", "PJRT_")
-# Not these: JAX and the TPU library set them themselves when they are imported.
-NO_HINTS = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
+# Not these: JAX, the TPU library and `sharding.tpu` set them themselves.
+NO_HINTS = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH", "LIBTPU_INIT_ARGS")
 
 
 def use_cpu_if_alone(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> bool:
