@@ -94,9 +94,9 @@ def test_a_dry_run_shows_the_plan_and_opens_no_port(capsys):
         command += ["expert=4", "--decode-weights", "off", "--generation-config", "off"]
         assert main(command) == 0
     elsewhere = capsys.readouterr().out
-    assert "mesh expert=4" in elsewhere and "memory   weights 4.3 MB," in elsewhere
+    assert "mesh expert=4" in elsewhere and "memory   weights 4.6 MB," in elsewhere
     assert "context  512 of 32,768 tokens" in shown
-    assert "memory   weights 12.9 MB (decoded once)," in shown
+    assert "memory   weights 14.0 MB (decoded once)," in shown
     assert "sampling temperature 0.2 unless" in shown and "sampling" not in elsewhere
     assert "loading" not in shown
 
